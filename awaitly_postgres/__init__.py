@@ -1,0 +1,75 @@
+"""PostgreSQL persistence and durable execution for blocking Python."""
+
+from .codec import Codec
+from .durable import Durable, Outcome
+from .errors import (
+    AlreadyRunning,
+    AwaitlyError,
+    DuplicateStepKey,
+    LeaseLost,
+    NotSerializable,
+    SchemaMissing,
+    SnapshotError,
+    SnapshotFormatError,
+    StepFailed,
+    StoreError,
+    StoreUnavailable,
+    VersionMismatch,
+    WorkflowCancelled,
+    WorkflowConflict,
+    WorkflowDrift,
+    WorkflowError,
+    WorkflowNotFound,
+    WorkflowSuspended,
+)
+from .factory import postgres
+from .lease import Lease
+from .snapshot import (
+    Execution,
+    StepResult,
+    WorkflowSnapshot,
+    merge_snapshots,
+    validate_snapshot,
+)
+from .step import Event, Step
+from .store import SnapshotInfo, SnapshotStore, StoreStats
+from .workflow import Workflow
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AlreadyRunning",
+    "AwaitlyError",
+    "Codec",
+    "DuplicateStepKey",
+    "Durable",
+    "Event",
+    "Execution",
+    "Lease",
+    "LeaseLost",
+    "NotSerializable",
+    "Outcome",
+    "SchemaMissing",
+    "SnapshotError",
+    "SnapshotFormatError",
+    "SnapshotInfo",
+    "SnapshotStore",
+    "Step",
+    "StepFailed",
+    "StepResult",
+    "StoreError",
+    "StoreStats",
+    "StoreUnavailable",
+    "VersionMismatch",
+    "Workflow",
+    "WorkflowCancelled",
+    "WorkflowConflict",
+    "WorkflowDrift",
+    "WorkflowError",
+    "WorkflowNotFound",
+    "WorkflowSnapshot",
+    "WorkflowSuspended",
+    "merge_snapshots",
+    "postgres",
+    "validate_snapshot",
+]

@@ -1,0 +1,419 @@
+"""A connection when one is needed, and the only place that catches psycopg's errors.
+
+`Database` runs pieces of work on a pooled connection, or on one of the caller's. On the pool it
+makes the tables first, retries what an outage interrupts, and survives a fork. The caller's
+connection it uses as it is, with cursors of its own, and leaves unchanged.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from threading import Lock
+from typing import Any, TypeVar
+
+import psycopg
+from attrs import define, field
+from psycopg import errors as pg
+from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import tuple_row
+from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+
+from ._sql import Statements
+from .errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
+
+T = TypeVar("T")
+Connection = psycopg.Connection[Any]
+Row = tuple[Any, ...]
+
+CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
+_PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
+
+# SQLSTATE classes and codes of what passes by itself: connection lost, transaction rolled back
+# (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
+_TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
+
+_MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
+
+
+def fetch(conn: Connection, statement: bytes, params: Mapping[str, Any]) -> list[Row]:
+    """Run one statement and return its rows, whatever factories and adapters ``conn`` has."""
+    with psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+        cursor.execute(statement, params)
+        rows = cursor.fetchall()
+    if any(isinstance(value, bytes) for value in (rows[0] if rows else ())):
+        # An SQL_ASCII database makes no promise about encoding, so psycopg leaves text alone.
+        return [tuple(v.decode() if isinstance(v, bytes) else v for v in row) for row in rows]
+    return rows
+
+
+def execute(conn: Connection, statement: bytes, params: Mapping[str, Any]) -> int:
+    """Run one statement and return how many rows it changed."""
+    with psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+        cursor.execute(statement, params)
+        return cursor.rowcount
+
+
+@define(eq=False)
+class Database:
+    """Where one store's statements run.
+
+    Exactly one of ``conninfo`` (or a function that returns it) and ``given`` (a pool of the
+    caller's) is set. ``retry_for`` is in seconds.
+    """
+
+    sql: Statements
+    _conninfo: str | Callable[[], str] | None = field(repr=False)
+    _given: ConnectionPool[Any] | None
+    _auto_create: bool
+    _min_size: int
+    _max_size: int
+    _kwargs: Mapping[str, Any] = field(repr=False)
+    retry_for: float
+    _pool: ConnectionPool[Any] | None = None
+    _lock: Lock = field(factory=Lock, repr=False)
+    _closed: bool = False
+    _has_worked: bool = False
+    _tables_seen: bool = False
+    _inherited: bool = False
+    _finalizer: weakref.finalize[Any, Any] | None = field(default=None, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        _databases.add(self)
+
+    def run(
+        self,
+        work: Callable[[Connection], T],
+        conn: Connection | None = None,
+        *,
+        retry_for: float | None = None,
+    ) -> T:
+        """Run ``work`` on a connection in autocommit mode, or on the caller's ``conn``.
+
+        On the pool it is tried again while the trouble is transient, for ``retry_for`` seconds, so
+        it must be idempotent. On ``conn`` it runs once, inside whatever transaction is open.
+
+        Raises:
+            StoreUnavailable: no connection lasted. StoreError: the server refused.
+        """
+        if conn is not None:
+            return self._run_on(conn, work)
+        backoff = _Backoff(self.retry_for if retry_for is None else retry_for)
+        while True:
+            try:
+                with self.borrow() as pooled:
+                    return work(pooled)
+            except (psycopg.Error, UnicodeEncodeError) as error:
+                self._pause_or_raise(error, backoff)
+
+    def rows(
+        self, statement: bytes, params: Mapping[str, Any], conn: Connection | None = None
+    ) -> list[Row]:
+        """Run one idempotent statement and return its rows."""
+        return self.run(lambda c: fetch(c, statement, params), conn)
+
+    def count(
+        self, statement: bytes, params: Mapping[str, Any], conn: Connection | None = None
+    ) -> int:
+        """Run one idempotent statement and return how many rows it changed."""
+        return self.run(lambda c: execute(c, statement, params), conn)
+
+    def transact(
+        self,
+        body: Callable[[Connection], T],
+        last: Callable[[Connection, T], None],
+        opener: Callable[[], AbstractContextManager[Connection]] | None = None,
+    ) -> T:
+        """Run the user's ``body`` and then ``last`` in one transaction, once.
+
+        ``opener`` gives a connection inside a transaction that commits when it closes; by default
+        a pooled one. Errors of ``body`` pass through untouched, psycopg's included.
+        """
+        backoff = _Backoff(self.retry_for)
+        while True:
+            phase = "opening"
+            try:
+                with (opener or self._transaction)() as conn:
+                    phase = "body"
+                    result = body(conn)
+                    phase = "closing"
+                    last(conn, result)
+                return result
+            except psycopg.Error as error:
+                if phase == "body":
+                    raise
+                if phase == "closing":  # it may have committed: not to be run again blindly
+                    self._recover(error)
+                    raise self._translate(error) from error
+                self._pause_or_raise(error, backoff)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[Connection]:
+        with self.borrow() as conn, conn.transaction():
+            yield conn
+
+    @contextmanager
+    def borrow(self) -> Iterator[Connection]:
+        """Lend a pooled connection in autocommit mode, the tables being there."""
+        pool = self._open()
+        conn = pool.getconn(timeout=min(_PATIENCE, self.retry_for) or _PATIENCE)
+        self._has_worked = True
+        autocommit = conn.autocommit
+        try:
+            if not autocommit:
+                conn.autocommit = True
+            if self._auto_create and not self._tables_seen:
+                self._create_missing(conn)
+                self._tables_seen = True
+            yield conn
+        finally:
+            if not autocommit and not conn.closed:
+                conn.autocommit = False
+            pool.putconn(conn)
+
+    def create_tables(self) -> None:
+        """Make what is missing of the schema, indexes included."""
+        self.run(lambda conn: self._create(conn, list(self.sql.ddl)))
+
+    def close(self) -> None:
+        """Close the pool if it is ours. The database cannot be used afterwards."""
+        with self._lock:
+            self._closed = True
+            finalizer, self._finalizer = self._finalizer, None
+        if finalizer is not None:
+            finalizer()
+
+    # -- opening ---------------------------------------------------------------------------
+
+    def _open(self) -> ConnectionPool[Any]:
+        if self._closed:
+            raise StoreError("this store is closed; make a new one with postgres()")
+        if self._inherited:
+            raise StoreError(
+                f"the store's pool was opened before this process ({os.getpid()}) was forked and "
+                "belongs to its parent; make a pool and a store in the child"
+            )
+        if self._given is not None:
+            return self._given
+        with self._lock:
+            if self._pool is None:
+                self._pool = self._make_pool()
+                # Not a method of self: a finalizer must not keep what it finalizes alive.
+                self._finalizer = weakref.finalize(self, _close_pool, self._pool, os.getpid())
+            return self._pool
+
+    def _make_pool(self) -> ConnectionPool[Any]:
+        conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
+        try:
+            known = conninfo_to_dict(conninfo or "")
+        except psycopg.Error:
+            # libpq's message repeats the URL, and with it the password.
+            raise StoreError(
+                "the connection string is malformed; expected "
+                "'postgresql://user:password@host:port/dbname' or 'host=... dbname=...'"
+            ) from None
+        defaults = {"connect_timeout": CONNECT_TIMEOUT, "client_encoding": "utf8"}
+        defaults["fallback_application_name"] = "awaitly_postgres"
+        kwargs = {k: v for k, v in defaults.items() if k not in known}
+        kwargs |= {**self._kwargs, "autocommit": True}
+        pool: ConnectionPool[Any] = ConnectionPool(
+            conninfo or "",
+            kwargs=kwargs,
+            min_size=self._min_size,
+            max_size=self._max_size,
+            open=False,
+            configure=None if "prepare_threshold" in kwargs else _prepare_unless_pooled,
+            # A short one: the pool doubles its pauses and would sleep through a recovery.
+            reconnect_timeout=_PATIENCE,
+        )
+        pool.open(wait=False)
+        return pool
+
+    # -- trouble ---------------------------------------------------------------------------
+
+    def _pause_or_raise(self, error: Exception, backoff: _Backoff) -> None:
+        if not self._recover(error) or not backoff.pause():
+            raise self._translate(error) from error
+
+    def _recover(self, error: Exception) -> bool:
+        """Tell whether trying again makes sense, having cleared away what is broken."""
+        if isinstance(error, pg.UndefinedTable) and self._tables_seen and self._auto_create:
+            self._tables_seen = False  # somebody dropped them: look again, once
+            return True
+        if isinstance(error, PoolTimeout) and not self._has_worked:
+            self._connect_once()
+            return True
+        if not _is_transient(error):
+            return False
+        pool = self._given or self._pool
+        if pool is not None and not isinstance(error, PoolTimeout):
+            # One dead connection means that its sisters are dead too: purge them all.
+            with suppress(psycopg.Error):
+                pool.check()
+        return True
+
+    def _connect_once(self) -> None:
+        """Connect without the pool, which hides from its clients why it cannot."""
+        pool = self._given or self._pool
+        if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
+            return
+        kwargs = {"connect_timeout": CONNECT_TIMEOUT, **(pool.kwargs or {})}
+        try:
+            psycopg.connect(pool.conninfo, **kwargs).close()
+        except psycopg.Error as error:
+            raise self._translate(error) from error
+
+    def _translate(self, error: Exception) -> AwaitlyError:
+        if isinstance(error, UnicodeEncodeError):
+            return StoreError(
+                f"the connection's client encoding cannot carry this text ({error}); "
+                "connect with client_encoding=utf8"
+            )
+        state = getattr(error, "sqlstate", None)
+        diag = getattr(error, "diag", None)
+        detail = (diag.message_primary if diag else None) or str(error)
+        if isinstance(error, (pg.UndefinedTable, pg.InvalidSchemaName)):
+            return SchemaMissing(f"a table or schema is missing ({detail}).", self.ddl())
+        if isinstance(error, PoolTimeout):
+            return StoreUnavailable(
+                f"no connection to PostgreSQL within {self.retry_for:g} s: the server is not "
+                "reachable, or every pooled connection is busy (raise max_size)"
+            )
+        if isinstance(error, PoolClosed):
+            return StoreError("the store's pool is closed, or was never opened; open it first")
+        if state is None and isinstance(error, psycopg.OperationalError):
+            return StoreUnavailable(f"no connection to PostgreSQL: {self._scrub(detail)}")
+        if _is_transient(error):
+            return StoreUnavailable(f"PostgreSQL is not available: {detail} (SQLSTATE {state})")
+        return StoreError(f"PostgreSQL refused the statement: {detail} (SQLSTATE {state})")
+
+    def _scrub(self, text: str) -> str:
+        pool = self._given or self._pool
+        if pool is not None and isinstance(pool.conninfo, str):
+            with suppress(psycopg.Error):
+                if password := conninfo_to_dict(pool.conninfo).get("password"):
+                    text = text.replace(str(password), "***")
+        return text
+
+    def _run_on(self, conn: Connection, work: Callable[[Connection], T]) -> T:
+        if not isinstance(conn, psycopg.Connection):
+            raise WrongType(f"conn must be a psycopg.Connection, not {type(conn).__name__}")
+        try:
+            if self._auto_create and not self._tables_seen:
+                # Tables that this very transaction has made may yet be rolled back.
+                self._tables_seen = self._create_missing(conn)
+            return work(conn)
+        except (psycopg.Error, UnicodeEncodeError) as error:
+            if isinstance(error, pg.UndefinedTable):
+                self._tables_seen = False
+            raise self._translate(error) from error
+
+    # -- tables ----------------------------------------------------------------------------
+
+    def ddl(self) -> str:
+        """Return the statements that make the schema."""
+        return "".join(self.sql.ddl.values())
+
+    def _missing(self, conn: Connection) -> tuple[list[str], bool]:
+        """Return the tables that are missing, and whether what is there is there for good."""
+        names = [name for name in self.sql.ddl if name]
+        found = fetch(conn, self.sql.tables_exist, {"tables": list(self.sql.regclasses.values())})
+        missing = [name for name, row in zip(names, found, strict=True) if not row[1]]
+        return missing, not missing and all(row[2] for row in found)
+
+    def _create_missing(self, conn: Connection) -> bool:
+        missing, for_good = self._missing(conn)
+        if missing:
+            self._create(conn, ["", *missing] if "" in self.sql.ddl else missing)
+        return for_good
+
+    def _create(self, conn: Connection, names: Sequence[str]) -> None:
+        """Make these tables. Bare IF NOT EXISTS races in the system catalogs, hence the lock."""
+        try:
+            with conn.transaction():
+                fetch(
+                    conn, self.sql.serialize_ddl, {"name": ",".join(self.sql.regclasses.values())}
+                )
+                for name in names:
+                    if name or not fetch(conn, self.sql.schema_exists, {}):
+                        for statement in self.sql.ddl[name].split(";\n"):
+                            if statement:
+                                execute(conn, statement.encode(), {})
+        except (pg.InsufficientPrivilege, pg.ReadOnlySqlTransaction, *_MADE_BY_OTHERS) as error:
+            if not self._missing(conn)[0]:
+                return
+            raise SchemaMissing(
+                f"the tables are missing and cannot be made here ({error.diag.message_primary}).",
+                self.ddl(),
+            ) from error
+
+
+@define
+class _Backoff:
+    """Pauses between tries: none after the first failure, then longer and out of step."""
+
+    patience: float
+    _give_up_at: float = 0.0
+    _delay: float = 0.0
+
+    def __attrs_post_init__(self) -> None:
+        self._give_up_at = time.monotonic() + self.patience
+
+    def pause(self) -> bool:
+        """Sleep, or return False if time is up."""
+        if time.monotonic() + self._delay >= self._give_up_at:
+            return False
+        time.sleep(self._delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, no secret
+        self._delay = min(max(0.05, self._delay * 2), 1.0)
+        return True
+
+
+def _is_transient(error: Exception) -> bool:
+    if isinstance(error, (PoolTimeout, TooManyRequests)):
+        return True
+    if isinstance(error, PoolClosed) or not isinstance(error, psycopg.Error):
+        return False
+    if error.sqlstate is None:
+        return isinstance(error, psycopg.OperationalError)  # the connection went away
+    return error.sqlstate.startswith(_TRANSIENT)
+
+
+def _prepare_unless_pooled(conn: Connection) -> None:
+    """Turn prepared statements off behind PgBouncer, where the next one to use the server
+    connection would find ours under its names.
+
+    A pooler answers with a process id of its own making.
+    """
+    if fetch(conn, b"SELECT pg_backend_pid()", {})[0][0] != conn.info.backend_pid:
+        conn.prepare_threshold = None
+
+
+# -- fork and exit -------------------------------------------------------------------------
+
+_databases: weakref.WeakSet[Database] = weakref.WeakSet()
+_left_to_the_parent: list[object] = []  # referenced for ever: closing them would reach the parent
+
+
+def _close_pool(pool: ConnectionPool[Any], pid: int) -> None:
+    if os.getpid() == pid:
+        pool.close(timeout=1.0)  # an attempt to connect may hang; exit must not
+
+
+def _after_fork_in_child() -> None:
+    for database in list(_databases):
+        database._lock = Lock()  # the old one may be held by a thread that is not here
+        _left_to_the_parent.extend([database._pool, database._finalizer])
+        if database._finalizer is not None:
+            database._finalizer.detach()
+        database._pool = database._finalizer = None
+        database._has_worked = False
+        given = database._given
+        database._inherited = database._inherited or (given is not None and not given.closed)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,114 @@
+"""An exception as JSON, and back.
+
+Written in the JavaScript package's ``SerializedCause``; what only Python needs, the class, its
+arguments and its attributes, goes into the step's ``meta``. Reading it back imports nothing,
+unpickles nothing and runs no ``__init__``: what a stranger wrote into the table is data.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import _json
+from .errors import NotSerializable, StepFailed
+
+_MAX_STACK = 8_000  # characters
+_OURS = {
+    str(Path(__file__).with_name(name))
+    for name in ("step.py", "_session.py", "_db.py", "durable.py", "workflow.py")
+}
+
+
+def to_json(error: BaseException) -> dict[str, Any]:
+    """Return the fields of a failed step: ``error``, ``cause`` and ``meta``."""
+    kind = type(error)
+    exception: dict[str, Any] = {"type": f"{kind.__module__}:{kind.__qualname__}"}
+    for name, value in (("args", list(error.args)), ("state", vars(error))):
+        try:
+            exception[name] = _json.loads(_json.dumps(value))
+        except NotSerializable:
+            exception[name] = [_clean(str(error))] if name == "args" else {}
+    return {
+        "error": kind.__name__,
+        "cause": _cause(error),
+        "meta": {"origin": "throw", "exception": exception},
+    }
+
+
+def from_json(key: str, step: Mapping[str, Any]) -> Exception:
+    """Rebuild the exception of a failed step, or make a `StepFailed` that tells of it."""
+    cause = step.get("cause") or {}
+    exception = (step.get("meta") or {}).get("exception")
+    error = _rebuild(exception) if isinstance(exception, Mapping) else None
+    if error is None:
+        name = cause.get("name") or cause.get("originalType") or "an error"
+        reason = cause.get("message", cause.get("stringRepresentation", ""))
+        error = StepFailed(key, str(name), str(reason), step.get("error"))
+    return error
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Walk from an exception to what caused it, through groups, nearest first."""
+    seen: set[int] = set()
+    queue = [error]
+    for current in queue:
+        if id(current) not in seen:
+            seen.add(id(current))
+            yield current
+            queue += getattr(current, "exceptions", ())
+            hidden = current.__suppress_context__
+            following = current.__cause__ or (None if hidden else current.__context__)
+            queue += [following] if following is not None else []
+
+
+def _cause(error: BaseException, depth: int = 0) -> dict[str, Any]:
+    stack = "".join(
+        traceback.format_exception(type(error), error, error.__traceback__, chain=False)
+    )
+    cause: dict[str, Any] = {
+        "type": "error",
+        "name": type(error).__name__,
+        "message": _clean(str(error)),
+        "stack": _clean(stack[-_MAX_STACK:]),
+    }
+    if error.__cause__ is not None and depth < 10:
+        cause["cause"] = _cause(error.__cause__, depth + 1)
+    return cause
+
+
+def _clean(text: str) -> str:
+    return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
+
+
+def _rebuild(exception: Mapping[str, Any]) -> Exception | None:
+    kind = _loaded_class(exception.get("type"))
+    args, state = exception.get("args"), exception.get("state")
+    if kind is None or not isinstance(args, list):
+        return None
+    # The nearest built-in's __new__: the only one that runs none of the class's own code.
+    builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    try:
+        error: Exception = builtin.__new__(kind, *args)
+        error.args = tuple(args)
+        if isinstance(state, Mapping):
+            vars(error).update(state)
+        str(error)
+    except Exception:
+        return None
+    return error
+
+
+def _loaded_class(name: object) -> type[Exception] | None:
+    """Find a class by ``module:qualified.name`` among the modules that are imported already."""
+    if not isinstance(name, str):
+        return None
+    module, _, path = name.partition(":")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        # Not getattr: a module's __getattr__ may import.
+        found = vars(found).get(part) if hasattr(found, "__dict__") else None
+    return found if isinstance(found, type) and issubclass(found, Exception) else None

@@ -1,0 +1,175 @@
+"""Strict JSON: what PostgreSQL's JSONB gives back unchanged, or an error with the path.
+
+``dumps`` refuses what JSONB would refuse or alter beyond recognition, and spells the rest so that
+it survives: 1e16 is written as ``10000000000000000.0`` because JSONB keeps ``1e+16`` as an
+integer. ``as_stored`` is the value as the server will return it, order of keys included.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import Any, NoReturn
+
+from .errors import NotSerializable
+
+MAX_DEPTH = 500  # Python's decoder gives up near 1000 less the caller's own stack.
+MAX_BYTES = 268_435_455  # JENTRY_OFFLENMASK in PostgreSQL's utils/jsonb.h
+
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+# Text that may stand for a float which JSONB would alter, or for a NUL.
+_suspect = re.compile(r"e\+|-0\.0(?!\d)|\\u0000").search
+
+
+def dumps(value: Any, path: str = "$") -> str:
+    """Encode ``value``; raise `NotSerializable` with the path of the first thing that does not fit.
+
+    Tuples become lists; subclasses of str, int, float, list and dict become the plain thing.
+    """
+    try:
+        text = _encoder.encode(value)
+        text.encode()  # lone surrogates
+    except (TypeError, ValueError, RecursionError):
+        text = _write(value, path)
+    else:
+        if _suspect(text) or not _is_plain(value):
+            text = _write(value, path)
+    check_size(text, None, path)
+    return text
+
+
+def check_size(text: str, subject: str | None, path: str = "$") -> None:
+    """Raise `NotSerializable` if ``text`` is more than one JSONB value holds."""
+    if len(text) > MAX_BYTES // 4 and (size := len(text.encode())) > MAX_BYTES:
+        raise NotSerializable(path, f"{size:,} bytes, JSONB holds at most {MAX_BYTES:,}", subject)
+
+
+def dumps_with(value: dict[str, Any], texts: dict[str, str]) -> str:
+    """Encode ``value`` with further members that are JSON text already."""
+    members = [dumps(value)[1:-1]] if value else []
+    members += [f"{dumps(name)}:{text}" for name, text in texts.items()]
+    return f"{{{','.join(members)}}}"
+
+
+def canonical(text: str) -> str:
+    """Return the one text that all spellings of the same JSON have in common."""
+    return dumps(as_stored(text))
+
+
+def loads(text: str | bytes) -> Any:
+    """Decode what `dumps` or PostgreSQL wrote. Raises ValueError or RecursionError otherwise."""
+    return json.loads(text)
+
+
+def as_stored(text: str) -> Any:
+    """Decode ``text`` to the value that a round trip through JSONB gives, in its order of keys."""
+    return json.loads(text, object_pairs_hook=_jsonb_order)
+
+
+def _jsonb_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > 1:
+        pairs.sort(key=_key_rank)
+    return dict(pairs)
+
+
+def _key_rank(pair: tuple[str, Any]) -> tuple[int, bytes]:
+    key = pair[0].encode()
+    return len(key), key  # lengthCompareJsonbStringValue in PostgreSQL's jsonb_util.c
+
+
+def _is_plain(value: Any) -> bool:
+    """Tell whether all keys are strings and the nesting is within bounds (no cycles by now)."""
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                if not all(isinstance(key, str) for key in item):
+                    return False
+                below += [v for v in item.values() if isinstance(v, (dict, list, tuple))]
+            elif isinstance(item, (list, tuple)):
+                below += [v for v in item if isinstance(v, (dict, list, tuple))]
+        if not below:
+            return True
+        level = below
+    return False
+
+
+def _write(value: Any, path: str) -> str:
+    """Encode slowly, exactly, and with the path at hand. This is the definition of `dumps`."""
+    ancestors: set[int] = set()
+
+    def refuse(path: str, reason: str) -> NoReturn:
+        raise NotSerializable(path, reason)
+
+    def string(value: str, path: str) -> str:
+        if "\0" in value:
+            refuse(path, "it contains a NUL character (\\u0000)")
+        if not _is_unicode(value):
+            refuse(path, "it contains a lone surrogate, which is not valid Unicode")
+        return _encoder.encode(value)
+
+    def number(value: float) -> str:
+        value = float(value)
+        if value.is_integer():
+            # Through int, and with the point: JSONB keeps neither exponents nor a minus on zero.
+            return f"{int(value)}.0"
+        return float.__repr__(value)
+
+    def write(value: Any, path: str) -> str:
+        if value is None or isinstance(value, bool):
+            return _encoder.encode(value)
+        if isinstance(value, str):
+            return string(value, path)
+        if isinstance(value, int):
+            try:
+                return int.__repr__(value)
+            except ValueError:
+                refuse(path, "an integer of more than 4,300 digits")
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                refuse(path, f"{value} is not a JSON number")
+            return number(value)
+        if not isinstance(value, (dict, list, tuple)):
+            kind = type(value)
+            name = kind.__name__ if kind.__module__ == "builtins" else _qualified(kind)
+            refuse(path, f"a value of type {name} (convert it, or give a codec)")
+        if id(value) in ancestors:
+            refuse(path, "it contains itself")
+        if len(ancestors) >= MAX_DEPTH:
+            refuse(_shorten(path), f"it is nested more than {MAX_DEPTH} levels deep")
+        ancestors.add(id(value))
+        try:
+            if not isinstance(value, dict):
+                return f"[{','.join([write(v, f'{path}[{i}]') for i, v in enumerate(value)])}]"
+            members = []
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    refuse(path, f"its key {_shorten(repr(key))} is not a string")
+                below = f"{path}.{key}" if key.isidentifier() else f"{path}[{key!r}]"
+                members.append(f"{string(key, below)}:{write(item, below)}")
+            return f"{{{','.join(members)}}}"
+        finally:
+            ancestors.discard(id(value))
+
+    try:
+        return write(value, path)
+    except RecursionError:
+        refuse(path, "it is nested too deeply for the stack that is left")
+
+
+def _is_unicode(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _shorten(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"

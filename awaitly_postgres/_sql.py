@@ -1,0 +1,387 @@
+"""Every statement and all DDL, composed once per store from checked names.
+
+Three rules hold throughout. A write names exactly one id, so that the tables can be distributed by
+it; only the two housekeeping deletes, ``delete_many`` and ``sweep_*``, take several. Time is the
+server's: ``clock_timestamp()``, because ``now()`` stands still inside a caller's transaction.
+What comes back is text, integers and booleans, which no caller's adapters change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import frozen
+from psycopg import sql
+
+from .errors import WrongType
+
+MAX_NAME = 48  # PostgreSQL cuts names at 63 bytes; ours grow by up to 15 (_updated_at_idx).
+MAX_ID = 1000  # bytes; id and key share one B-tree entry, which holds 2,704.
+
+_ISO = """'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'"""  # what datetime.fromisoformat reads
+_FORMAT_ISO = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""  # what the snapshot format stores
+_STATUS = "(snapshot->'execution'->>'status')"
+_FILTERS = {
+    "low": b'id COLLATE "C" >= %(low)s::text',
+    "high": b'id COLLATE "C" < %(high)s::text',
+    "status": b"COALESCE(" + _STATUS.encode() + b", 'running') = %(status)s::text",
+    "after_time": b'(updated_at, id COLLATE "C") '
+    b"< (%(after_time)s::timestamptz, %(after_id)s::text)",
+    "max_attempts": b"COALESCE(snapshot->'metadata'->'attempts', '0') "
+    b"< to_jsonb(%(max_attempts)s::bigint)",
+    "workflows": b"snapshot->'metadata'->>'workflow' = ANY(%(workflows)s::text[])",
+}
+_LEASE_IS_OURS = (
+    "workflow_id = %(id)s AND owner_token = %(token)s AND expires_at > clock_timestamp()"
+)
+_LEASE_END = "clock_timestamp() + make_interval(secs => %(ttl)s)"
+
+
+def check_name(name: object, what: str) -> str:
+    """Return ``name`` if it may be the name of a table or schema, else raise ValueError."""
+    if not isinstance(name, str):
+        raise WrongType(f"{what} must be a string, not {type(name).__name__}")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII) or len(name) > MAX_NAME:
+        raise ValueError(
+            f"{what} {name!r} must be letters, digits and underscores, not start with a digit, "
+            f"and have at most {MAX_NAME} characters"
+        )
+    return name
+
+
+def check_id(id: object, what: str = "id", room: int = 0) -> str:
+    """Return ``id`` if it can be a key in the tables, else raise ValueError.
+
+    ``room`` is what a prefix takes of the `MAX_ID` bytes.
+    """
+    if not isinstance(id, str):
+        raise WrongType(f"{what} must be a string, not {type(id).__name__}")
+    if not id:
+        raise ValueError(f"{what} must not be empty")
+    if "\0" in id:
+        raise ValueError(f"{what} {id!r} contains a NUL character")
+    try:
+        size = len(id.encode()) + room
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {id!r} contains a lone surrogate") from None
+    if size > MAX_ID:
+        raise ValueError(f"{what} {id[:40]!r}… has {size:,} bytes, at most {MAX_ID:,} fit")
+    return str(id)
+
+
+def prefix_bounds(prefix: str) -> tuple[str, str | None]:
+    """Return the half-open range of strings that start with ``prefix``, in code point order.
+
+    LIKE would want escapes and loses its index under a generic plan; a range does neither.
+    """
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return prefix, None
+    last = ord(stem[-1]) + 1
+    return prefix, stem[:-1] + chr(0xE000 if last == 0xD800 else last)
+
+
+def filtered(statement: bytes, params: Mapping[str, Any]) -> bytes:
+    """Add a condition for each filter that has a value.
+
+    Not ``%(low)s IS NULL OR ...``: under a generic plan that scans the table.
+    """
+    chosen = [text for name, text in _FILTERS.items() if params.get(name) is not None]
+    return statement.replace(b"/*filters*/", b"".join(b" AND " + text for text in chosen))
+
+
+@frozen
+class Statements:
+    """The statements of one store, ready to send."""
+
+    journal: bool
+    load: bytes
+    save: bytes
+    create: bytes
+    delete: bytes
+    exists: bytes
+    begin: bytes
+    write: bytes
+    append: bytes
+    finish: bytes
+    discard: bytes
+    cancel: bytes
+    signal: bytes
+    signal_for: bytes
+    acquire: bytes
+    contest: bytes
+    take_over: bytes
+    renew: bytes
+    release: bytes
+    held: bytes
+    now: bytes
+    list: bytes
+    pending: bytes
+    stats: bytes
+    prunable: bytes
+    delete_many: tuple[bytes, ...]
+    sweep_journal: bytes
+    sweep_locks: bytes
+    tables_exist: bytes
+    schema_exists: bytes
+    serialize_ddl: bytes
+    ddl: dict[str, str]
+    regclasses: dict[str, str]
+
+
+def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -> Statements:
+    """Write out every statement for these names; without ``journal`` none names its table."""
+
+    def qualified(name: str) -> sql.Identifier:
+        return sql.Identifier(schema, name) if schema else sql.Identifier(name)
+
+    steps = f"{table}_steps"
+    names: dict[str, Any] = {
+        "snapshots": qualified(table),
+        "steps": qualified(steps),
+        "lock": qualified(lock_table),
+        "schema_name": sql.Literal(schema),
+        "updated_at_idx": sql.Identifier(f"{table}_updated_at_idx"),
+        "pending_idx": sql.Identifier(f"{table}_pending_idx"),
+        "status": sql.SQL(_STATUS),
+        "lease_is_ours": sql.SQL(_LEASE_IS_OURS),
+        "lease_end": sql.SQL(_LEASE_END),
+        "iso": sql.SQL(_ISO),
+        "format_iso": sql.SQL(_FORMAT_ISO),
+    }
+
+    def text(template: str) -> str:
+        return sql.SQL(template).format(**names).as_string(None)
+
+    def compile(template: str) -> bytes:
+        return text(template).encode()
+
+    def with_journal(template: str) -> sql.SQL | sql.Composed:
+        return sql.SQL(template).format(**names) if journal else sql.SQL("")
+
+    names["journal"] = sql.SQL("NULL")
+    if journal:
+        names["journal"] = with_journal(
+            "(SELECT json_object_agg(key, step)::text FROM {steps} j WHERE j.id = s.id)"
+        )
+    names["swept"] = with_journal(", swept AS (DELETE FROM {steps} WHERE id = %(id)s)")
+    for source in ("fence", "created"):
+        names["source"] = sql.SQL(source)
+        names[f"swept_if_{source}"] = with_journal(
+            ", swept AS (DELETE FROM {steps} WHERE id = %(id)s AND EXISTS (SELECT FROM {source}))"
+        )
+    # The lock row is locked, its token checked and the state written by one statement: no moment
+    # in between in which somebody else could take the lease over.
+    names["fence"] = sql.SQL(
+        "fence AS (SELECT FROM {lock} WHERE {lease_is_ours} FOR UPDATE)"
+    ).format(**names)
+    names["fence_and_release"] = sql.SQL(
+        "fence AS (DELETE FROM {lock} WHERE {lease_is_ours} RETURNING 1)"
+    ).format(**names)
+    names["upsert"] = sql.SQL(
+        "ON CONFLICT (id) DO UPDATE SET "
+        "snapshot = EXCLUDED.snapshot, updated_at = EXCLUDED.updated_at"
+    )
+    # A signal is sent without the lease, so its owner's next checkpoint must not undo it.
+    names["upsert_but_signals"] = sql.SQL(
+        "ON CONFLICT (id) DO UPDATE SET updated_at = EXCLUDED.updated_at, snapshot = CASE "
+        "WHEN {table}.snapshot->'metadata' ? 'signals' THEN jsonb_set(EXCLUDED.snapshot, "
+        "'{{metadata,signals}}', {table}.snapshot->'metadata'->'signals') "
+        "ELSE EXCLUDED.snapshot END"
+    ).format(table=sql.Identifier(table))
+
+    ddl = {
+        table: text(
+            "CREATE TABLE IF NOT EXISTS {snapshots} (\n"
+            '  id TEXT COLLATE "C" PRIMARY KEY,\n'
+            "  snapshot JSONB NOT NULL,\n"
+            "  updated_at TIMESTAMPTZ DEFAULT NOW()\n);\n"
+            "CREATE INDEX IF NOT EXISTS {updated_at_idx} ON {snapshots} (updated_at DESC);\n"
+            "CREATE INDEX IF NOT EXISTS {pending_idx} ON {snapshots} (updated_at)\n"
+            "  WHERE {status} IS DISTINCT FROM 'completed';\n"
+        ),
+        steps: text(
+            "CREATE TABLE IF NOT EXISTS {steps} (\n"
+            '  id TEXT COLLATE "C" NOT NULL,\n'
+            '  key TEXT COLLATE "C" NOT NULL,\n'
+            "  step JSONB NOT NULL,\n"
+            "  PRIMARY KEY (id, key)\n);\n"
+        ),
+        lock_table: text(
+            "CREATE TABLE IF NOT EXISTS {lock} (\n"
+            "  workflow_id TEXT PRIMARY KEY,\n"
+            "  owner_token TEXT NOT NULL,\n"
+            "  expires_at TIMESTAMPTZ NOT NULL\n);\n"
+        ),
+    }
+    if not journal:
+        del ddl[steps]
+    if schema:
+        names["schema"] = sql.Identifier(schema)
+        ddl = {"": text("CREATE SCHEMA IF NOT EXISTS {schema};\n"), **ddl}
+
+    return Statements(
+        journal=journal,
+        load=compile(
+            "SELECT snapshot::text, {journal}, to_char(updated_at AT TIME ZONE 'UTC', {iso}) "
+            "FROM {snapshots} s WHERE id = %(id)s"
+        ),
+        save=compile(
+            "WITH given AS (SELECT %(id)s::text AS id){swept} "
+            "INSERT INTO {snapshots} (id, snapshot, updated_at) "
+            "SELECT id, %(snapshot)s::jsonb, clock_timestamp() FROM given {upsert}"
+        ),
+        create=compile(
+            "WITH created AS (INSERT INTO {snapshots} (id, snapshot, updated_at) "
+            "VALUES (%(id)s, %(snapshot)s::jsonb, clock_timestamp()) "
+            "ON CONFLICT (id) DO NOTHING RETURNING 1){swept_if_created} SELECT 1 FROM created"
+        ),
+        delete=compile(
+            "WITH gone AS (DELETE FROM {snapshots} WHERE id = %(id)s RETURNING 1){swept} "
+            "SELECT 1 FROM gone"
+        ),
+        exists=compile("SELECT 1 FROM {snapshots} WHERE id = %(id)s"),
+        begin=compile(
+            "WITH existing AS (SELECT snapshot::text AS snapshot, {journal} AS journal "
+            "FROM {snapshots} s WHERE id = %(id)s), "
+            "lease AS (INSERT INTO {lock} (workflow_id, owner_token, expires_at) "
+            "SELECT %(id)s, %(token)s, {lease_end} WHERE NOT EXISTS (SELECT FROM existing) "
+            "ON CONFLICT (workflow_id) DO NOTHING RETURNING expires_at), "
+            "created AS (INSERT INTO {snapshots} (id, snapshot, updated_at) "
+            "SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM lease "
+            "ON CONFLICT (id) DO NOTHING RETURNING 1){swept_if_created} "
+            "SELECT (SELECT snapshot FROM existing), (SELECT journal FROM existing), "
+            "(SELECT to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM lease), "
+            "EXISTS (SELECT FROM created)"
+        ),
+        write=compile(
+            "WITH {fence}{swept_if_fence} "
+            "INSERT INTO {snapshots} (id, snapshot, updated_at) "
+            "SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM fence {upsert_but_signals}"
+        ),
+        append=compile(
+            "WITH {fence} INSERT INTO {steps} (id, key, step) "
+            "SELECT %(id)s, %(key)s, %(step)s::jsonb FROM fence "
+            "ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step"
+        ),
+        finish=compile(
+            "WITH {fence_and_release}{swept_if_fence} "
+            "INSERT INTO {snapshots} (id, snapshot, updated_at) "
+            "SELECT %(id)s, CASE WHEN %(pause)s::float8 IS NULL THEN %(snapshot)s::jsonb "
+            "ELSE jsonb_set(%(snapshot)s::jsonb, '{{metadata,wakeAt}}', to_jsonb(to_char("
+            "(clock_timestamp() + make_interval(secs => %(pause)s::float8)) "
+            "AT TIME ZONE 'UTC', {format_iso}))) END, "
+            "clock_timestamp() FROM fence {upsert_but_signals}"
+        ),
+        discard=compile(
+            "WITH {fence_and_release}{swept_if_fence}, "
+            "gone AS (DELETE FROM {snapshots} WHERE id = %(id)s AND EXISTS (SELECT FROM fence)) "
+            "SELECT 1 FROM fence"
+        ),
+        cancel=compile(
+            "WITH released AS (DELETE FROM {lock} WHERE workflow_id = %(id)s RETURNING 1) "
+            "UPDATE {snapshots} SET updated_at = clock_timestamp(), snapshot = snapshot || "
+            "jsonb_build_object('execution', snapshot->'execution' || %(execution)s::jsonb, "
+            "'metadata', COALESCE(snapshot->'metadata', '{{}}') || %(metadata)s::jsonb) "
+            "WHERE id = %(id)s AND {status} IS DISTINCT FROM 'completed' "
+            "AND (SELECT count(*) FROM released) >= 0"
+        ),
+        signal=compile(
+            "UPDATE {snapshots} SET updated_at = clock_timestamp(), snapshot = jsonb_set(snapshot, "
+            "'{{metadata,signals}}', COALESCE(snapshot->'metadata'->'signals', '{{}}') "
+            "|| jsonb_build_object(%(key)s::text, %(value)s::jsonb)) "
+            "WHERE id = %(id)s AND {status} IS DISTINCT FROM 'completed' "
+            "AND jsonb_typeof(snapshot->'metadata') = 'object' "
+            "AND snapshot->'metadata'->'cancelledAt' IS NULL "
+            "AND snapshot->'metadata'->'signals'->%(key)s::text IS NULL"
+        ),
+        signal_for=compile(
+            "SELECT (snapshot->'metadata'->'signals'->%(key)s::text)::text FROM {snapshots} "
+            "WHERE id = %(id)s AND snapshot->'metadata'->'signals' ? %(key)s::text"
+        ),
+        acquire=compile(
+            "INSERT INTO {lock} (workflow_id, owner_token, expires_at) "
+            "VALUES (%(id)s, %(token)s, {lease_end}) ON CONFLICT (workflow_id) DO NOTHING "
+            "RETURNING to_char(expires_at AT TIME ZONE 'UTC', {iso})"
+        ),
+        contest=compile(
+            "SELECT owner_token, to_char(expires_at AT TIME ZONE 'UTC', {iso}), "
+            "expires_at <= clock_timestamp() OR owner_token = %(token)s "
+            "FROM {lock} WHERE workflow_id = %(id)s FOR UPDATE"
+        ),
+        take_over=compile(
+            "UPDATE {lock} SET owner_token = %(token)s, expires_at = {lease_end} "
+            "WHERE workflow_id = %(id)s RETURNING to_char(expires_at AT TIME ZONE 'UTC', {iso})"
+        ),
+        renew=compile(
+            "UPDATE {lock} SET expires_at = {lease_end} WHERE {lease_is_ours} "
+            "RETURNING to_char(expires_at AT TIME ZONE 'UTC', {iso})"
+        ),
+        release=compile(
+            "DELETE FROM {lock} WHERE workflow_id = %(id)s AND owner_token = %(token)s"
+        ),
+        held=compile("SELECT 1 FROM {lock} WHERE {lease_is_ours}"),
+        now=compile("SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', {iso})"),
+        list=compile(
+            "SELECT id, COALESCE({status}, 'running'), "
+            "to_char(updated_at AT TIME ZONE 'UTC', {iso}) FROM {snapshots} "
+            'WHERE TRUE/*filters*/ ORDER BY updated_at DESC, id COLLATE "C" DESC '
+            "LIMIT %(limit)s::bigint"
+        ),
+        # Comparing wakeAt as text and attempts as JSONB never fails, whatever a row holds.
+        pending=compile(
+            "SELECT id, COALESCE({status}, 'running'), "
+            "to_char(updated_at AT TIME ZONE 'UTC', {iso}) FROM {snapshots} s "
+            "WHERE {status} IS DISTINCT FROM 'completed' "
+            "AND (COALESCE(snapshot->'metadata'->>'wakeAt', '') COLLATE \"C\" "
+            "<= to_char(clock_timestamp() AT TIME ZONE 'UTC', {format_iso}) "
+            "OR EXISTS (SELECT FROM jsonb_each(CASE "
+            "WHEN jsonb_typeof(snapshot->'metadata'->'waits') = 'object' "
+            "THEN snapshot->'metadata'->'waits' ELSE '{{}}' END) AS waited "
+            "WHERE snapshot->'metadata'->'signals' ? waited.key)) "
+            "AND snapshot->'metadata'->'cancelledAt' IS NULL "
+            "AND NOT EXISTS (SELECT FROM {lock} l WHERE l.workflow_id = s.id "
+            "AND l.expires_at > clock_timestamp())/*filters*/ "
+            "ORDER BY updated_at LIMIT %(limit)s::bigint"
+        ),
+        stats=compile(
+            "SELECT 'total', NULL, count(*) FROM {snapshots} WHERE TRUE/*filters*/ "
+            "UNION ALL SELECT 'status', COALESCE({status}, 'running'), count(*) FROM {snapshots} "
+            "WHERE {status} IS DISTINCT FROM 'completed'/*filters*/ GROUP BY 2 "
+            "UNION ALL SELECT 'bytes', NULL, sum(pg_total_relation_size(name::regclass))::bigint "
+            "FROM unnest(%(tables)s::text[]) AS name"
+        ),
+        prunable=compile(
+            "SELECT id FROM {snapshots} s "
+            "WHERE updated_at < clock_timestamp() - make_interval(secs => %(age)s) "
+            "AND NOT EXISTS (SELECT FROM {lock} l WHERE l.workflow_id = s.id "
+            "AND l.expires_at > clock_timestamp())/*filters*/ "
+            "ORDER BY updated_at LIMIT %(limit)s::bigint"
+        ),
+        delete_many=tuple(
+            compile(statement)
+            for statement in (
+                "DELETE FROM {snapshots} WHERE id = ANY(%(ids)s::text[]) "
+                "AND (%(age)s::float8 IS NULL OR updated_at < clock_timestamp() "
+                "- make_interval(secs => %(age)s::float8)) RETURNING id",
+                "DELETE FROM {steps} WHERE id = ANY(%(ids)s::text[])",
+            )[: 1 + journal]
+        ),
+        sweep_journal=compile(
+            "DELETE FROM {steps} j WHERE NOT EXISTS (SELECT FROM {snapshots} s WHERE s.id = j.id)"
+        ),
+        sweep_locks=compile(
+            "DELETE FROM {lock} "
+            "WHERE expires_at < clock_timestamp() - make_interval(secs => %(age)s)"
+        ),
+        tables_exist=compile(
+            "SELECT name, to_regclass(name) IS NOT NULL, txid_current_if_assigned() IS NULL "
+            "FROM unnest(%(tables)s::text[]) WITH ORDINALITY AS t (name, nr) ORDER BY nr"
+        ),
+        schema_exists=compile("SELECT 1 FROM pg_namespace WHERE nspname = {schema_name}"),
+        serialize_ddl=compile("SELECT pg_advisory_xact_lock(hashtext(%(name)s::text))"),
+        ddl=ddl,
+        regclasses={name: qualified(name).as_string(None) for name in ddl if name},
+    )

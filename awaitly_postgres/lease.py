@@ -1,0 +1,189 @@
+"""The lock table: one row per id that somebody works on, with a token and an end.
+
+A lease is taken by inserting the row, or by locking an expired one with ``SELECT ... FOR UPDATE``
+and writing a new token into it. Only the server's clock decides. Whoever writes under a lease
+names its token in the same statement, so a holder that has slept past the end changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import threading
+import time
+import weakref
+from datetime import datetime
+
+from attrs import define, field
+
+from ._db import Connection, Database, fetch
+from .errors import AlreadyRunning, AwaitlyError
+
+DEFAULT_TTL = 60.0  # seconds
+
+
+@define(eq=False)
+class Lease:
+    """The right to work on one id until ``expires_at``, by the server's clock.
+
+    ``token`` is new at each acquisition and reads ``host:pid:random``. ``ttl`` is in seconds.
+    """
+
+    id: str
+    token: str
+    expires_at: datetime
+    ttl: float
+    _key: str  # the id in the lock table, prefix included
+    _db: Database = field(repr=False)
+
+    def renew(self, ttl: float | None = None) -> bool:
+        """Move the end to ``ttl`` seconds from now (default: as acquired).
+
+        Returns False if the lease is lost; one that has run out is not revived.
+        """
+        return self._renew(check_ttl(self.ttl if ttl is None else ttl), None)
+
+    def release(self) -> None:
+        """Give the lease back. Does nothing if it is lost already."""
+        self._db.count(self._db.sql.release, self.params)
+
+    def held(self) -> bool:
+        """Ask the server whether the lease still stands."""
+        return bool(self._db.rows(self._db.sql.held, self.params))
+
+    @property
+    def params(self) -> dict[str, str]:
+        """What a fenced statement needs to name this lease."""
+        return {"id": self._key, "token": self.token}
+
+    def _renew(self, ttl: float, retry_for: float | None) -> bool:
+        params = {**self.params, "ttl": ttl}
+        rows = self._db.run(
+            lambda conn: fetch(conn, self._db.sql.renew, params), retry_for=retry_for
+        )
+        if rows:
+            self.expires_at = moment(rows[0][0])
+        return bool(rows)
+
+
+def new_token() -> str:
+    """Make a token that no other acquisition has: ``host:pid:random``."""
+    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
+
+
+def check_ttl(ttl: float) -> float:
+    """Return ``ttl`` in seconds if it is a sensible one, else raise ValueError."""
+    if not 0 < ttl < 10**9:
+        raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")
+    return float(ttl)
+
+
+def moment(text: str | None) -> datetime:
+    """Read a time that the server wrote; what it cannot write (infinity) is far away."""
+    try:
+        return datetime.fromisoformat(text or "")
+    except ValueError:
+        return datetime.fromisoformat("9999-12-31T23:59:59+00:00")
+
+
+def acquire(db: Database, id: str, key: str, ttl: float) -> Lease:
+    """Take the lease on ``key``, called ``id`` by its user, or raise `AlreadyRunning`."""
+    token = new_token()
+    ttl = check_ttl(ttl)
+    params = {"id": key, "token": token, "ttl": ttl}
+
+    def take(conn: Connection) -> str:
+        if rows := fetch(conn, db.sql.acquire, params):
+            return str(rows[0][0])
+        with conn.transaction():
+            taken = fetch(conn, db.sql.contest, params)
+            # Free: expired, or ours since a first try of which the reply was lost.
+            if taken and not taken[0][2]:
+                raise AlreadyRunning(id, taken[0][0], moment(taken[0][1]))
+            if taken:
+                return str(fetch(conn, db.sql.take_over, params)[0][0])
+        return take(conn)  # released in between
+
+    return Lease(id, token, moment(db.run(take)), ttl, key, db)
+
+
+# -- renewal in the background -------------------------------------------------------------
+
+
+@define(eq=False)
+class _Renewer:
+    """One thread per process that renews what is kept, every third of its ttl.
+
+    It starts with the first lease and ends with the last. It keeps no lease alive by itself.
+    """
+
+    _due: weakref.WeakKeyDictionary[Lease, float] = field(factory=weakref.WeakKeyDictionary)
+    _changed: threading.Condition = field(factory=threading.Condition)
+    _thread: threading.Thread | None = None
+
+    def keep(self, lease: Lease) -> None:
+        with self._changed:
+            self._due[lease] = time.monotonic() + lease.ttl / 3
+            if self._thread is None:
+                self._thread = threading.Thread(
+                    target=self._work, name="awaitly-lease-renewal", daemon=True
+                )
+                self._thread.start()
+            self._changed.notify()
+
+    def drop(self, lease: Lease) -> None:
+        with self._changed:
+            self._due.pop(lease, None)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while (lease := self._next()) is not None:
+            try:
+                # Not longer than to the next turn: the others are waiting.
+                kept = lease._renew(lease.ttl, lease.ttl / 3)
+                pause = lease.ttl / 3
+            except AwaitlyError:
+                kept, pause = True, lease.ttl / 10  # as long as it has not run out
+            with self._changed:
+                if kept and lease in self._due:
+                    self._due[lease] = time.monotonic() + pause
+                else:
+                    self._due.pop(lease, None)
+            del lease
+
+    def _next(self) -> Lease | None:
+        """Wait for the first lease that is due; None when there is none left."""
+        with self._changed:
+            while True:
+                lease = min(self._due, key=lambda kept: self._due[kept], default=None)
+                if lease is None:
+                    self._thread = None
+                    return None
+                wait = self._due[lease] - time.monotonic()
+                if wait <= 0:
+                    return lease
+                del lease  # so that one which nobody holds any more goes away meanwhile
+                self._changed.wait(wait)
+
+
+_renewer = _Renewer()
+
+
+def keep_renewed(lease: Lease) -> None:
+    """Renew ``lease`` in the background until `stop_renewing` or until nobody holds it."""
+    _renewer.keep(lease)
+
+
+def stop_renewing(lease: Lease) -> None:
+    """Leave ``lease`` to run out, or to be released."""
+    _renewer.drop(lease)
+
+
+def _after_fork_in_child() -> None:
+    global _renewer
+    _renewer = _Renewer()  # the parent renews its own
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,316 @@
+"""The stored document: ``WorkflowSnapshot`` of the JavaScript package awaitly, format version 1.
+
+Values only, no I/O. Fields that are not known here survive ``from_json`` and ``to_json`` unchanged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from typing import Any, Literal, cast
+
+from attrs import field, frozen
+
+from .errors import SnapshotFormatError
+
+FORMAT_VERSION = 1
+STATUSES = ("running", "completed", "failed")
+
+Status = Literal["running", "completed", "failed"]
+
+
+@frozen
+class StepResult:
+    """The recorded outcome of one step.
+
+    ``ok`` with ``value``; or not, with ``error`` (any JSON) and ``cause`` (the serialised
+    exception). ``meta`` holds ``origin``, ``startedAt``, ``durationMs``, ``seq`` and the like.
+    """
+
+    ok: bool
+    value: Any = None
+    error: Any = None
+    cause: Mapping[str, Any] | None = None
+    meta: Mapping[str, Any] = field(factory=dict)
+    extra: Mapping[str, Any] = field(factory=dict)
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any]) -> StepResult:
+        """Read the JSON of one step; raise `SnapshotFormatError` if it is none."""
+        _refuse(_step_faults("step", obj))
+        rest = dict(obj)
+        return cls(
+            ok=rest.pop("ok"),
+            value=rest.pop("value", None),
+            error=rest.pop("error", None),
+            cause=rest.pop("cause", None),
+            meta=rest.pop("meta", None) or {},
+            extra=rest,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that is stored."""
+        outcome = {"value": self.value} if self.ok else {"error": self.error, "cause": self.cause}
+        meta = {"meta": dict(self.meta)} if self.meta else {}
+        return {"ok": self.ok, **outcome, **meta, **self.extra}
+
+
+class Steps(Mapping[str, StepResult]):
+    """The steps of a snapshot by key: a read-only view that builds a result when asked for it.
+
+    Loading a snapshot of 10,000 steps to look at three should not build 10,000 objects.
+    """
+
+    __slots__ = ("_json",)
+
+    def __init__(self, json: Mapping[str, Any]) -> None:
+        self._json = json
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the stored JSON, step by key."""
+        return dict(self._json)
+
+    def __getitem__(self, key: str) -> StepResult:
+        return StepResult.from_json(self._json[key])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._json)
+
+    def __len__(self) -> int:
+        return len(self._json)
+
+    def __eq__(self, other: object) -> bool:
+        return self._json == other._json if isinstance(other, Steps) else NotImplemented
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Steps({list(self._json)})"
+
+
+def _as_steps(steps: Mapping[str, StepResult]) -> Steps:
+    if isinstance(steps, Steps):
+        return steps
+    return Steps({key: result.to_json() for key, result in steps.items()})
+
+
+@frozen
+class Execution:
+    """Where the run stands. Times are ISO 8601 in UTC, with milliseconds and a ``Z``."""
+
+    status: Status
+    last_updated: str
+    completed_at: str | None = None
+    current_step_id: str | None = None
+    extra: Mapping[str, Any] = field(factory=dict)
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any]) -> Execution:
+        """Read the ``execution`` object; raise `SnapshotFormatError` if it is none."""
+        _refuse(_execution_faults(obj))
+        rest = dict(obj)
+        return cls(
+            status=rest.pop("status"),
+            last_updated=rest.pop("lastUpdated"),
+            completed_at=rest.pop("completedAt", None),
+            current_step_id=rest.pop("currentStepId", None),
+            extra=rest,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON object that is stored."""
+        optional = {"completedAt": self.completed_at, "currentStepId": self.current_step_id}
+        return {
+            "status": self.status,
+            "lastUpdated": self.last_updated,
+            **{name: value for name, value in optional.items() if value is not None},
+            **self.extra,
+        }
+
+
+@frozen
+class WorkflowSnapshot:
+    """All that is known of one run: its steps, where it stands, and who made it of what.
+
+    Example:
+        >>> snapshot = WorkflowSnapshot.from_json({
+        ...     "formatVersion": 1,
+        ...     "steps": {"fetch-user": {"ok": True, "value": {"name": "Ada"}}},
+        ...     "execution": {"status": "running", "lastUpdated": "2026-11-22T10:56:04.184Z"},
+        ... })
+        >>> snapshot.steps["fetch-user"].value["name"], snapshot.execution.status
+        ('Ada', 'running')
+    """
+
+    steps: Mapping[str, StepResult] = field(converter=_as_steps)
+    execution: Execution
+    metadata: Mapping[str, Any] | None = None
+    warnings: Sequence[Any] | None = None
+    extra: Mapping[str, Any] = field(factory=dict)
+
+    @classmethod
+    def from_json(cls, obj: Mapping[str, Any], *, id: str | None = None) -> WorkflowSnapshot:
+        """Read a stored document: this format, or the newer Node releases' ``ResumeState``.
+
+        Args:
+            obj: the decoded JSON.
+            id: what it is stored as, for the message of an error.
+
+        Raises:
+            SnapshotFormatError: with every fault there is.
+        """
+        _refuse(validate_snapshot(obj), id)
+        if obj.get("kind") == "ResumeState":
+            obj = _from_resume_state(obj)
+        rest = dict(obj)
+        rest.pop("formatVersion")
+        return cls(
+            steps=Steps(rest.pop("steps")),
+            execution=Execution.from_json(rest.pop("execution")),
+            metadata=rest.pop("metadata", None),
+            warnings=rest.pop("warnings", None),
+            extra=rest,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the JSON document that is stored."""
+        optional = {"metadata": self.metadata, "warnings": self.warnings}
+        return {
+            "formatVersion": FORMAT_VERSION,
+            "steps": cast(Steps, self.steps).to_json(),
+            "execution": self.execution.to_json(),
+            **{name: value for name, value in optional.items() if value is not None},
+            **self.extra,
+        }
+
+
+def validate_snapshot(obj: object) -> list[str]:
+    """Name every fault that keeps ``obj`` from being a snapshot; an empty list means it is one.
+
+    The checks are those of the JavaScript package's ``validateSnapshot``, and the types of the
+    fields that this package reads.
+    """
+    if not isinstance(obj, Mapping):
+        return [f"the snapshot must be an object, not {_kind(obj)}"]
+    if obj.get("kind") == "ResumeState":
+        return _resume_state_faults(obj)
+    faults = []
+    if "formatVersion" not in obj:
+        faults.append("formatVersion is missing")
+    elif obj["formatVersion"] != FORMAT_VERSION or isinstance(obj["formatVersion"], bool):
+        faults.append(f"formatVersion must be {FORMAT_VERSION}, not {obj['formatVersion']!r}")
+    if "steps" not in obj:
+        faults.append("steps is missing")
+    elif not isinstance(obj["steps"], Mapping):
+        faults.append(f"steps must be an object, not {_kind(obj['steps'])}")
+    else:
+        for key, step in obj["steps"].items():
+            faults += _step_faults(f"steps[{key!r}]", step)
+    if "execution" not in obj:
+        faults.append("execution is missing")
+    else:
+        faults += _execution_faults(obj["execution"])
+    if not isinstance(obj.get("metadata") or {}, Mapping):
+        faults.append(f"metadata must be an object, not {_kind(obj['metadata'])}")
+    if not isinstance(obj.get("warnings") or [], (list, tuple)):
+        faults.append(f"warnings must be an array, not {_kind(obj['warnings'])}")
+    return faults
+
+
+def merge_snapshots(base: WorkflowSnapshot, delta: WorkflowSnapshot) -> WorkflowSnapshot:
+    """Lay ``delta`` over ``base``: its steps and metadata win, its execution stands.
+
+    A warning of ``base`` about a step that ``delta`` has again is dropped, as in the JavaScript
+    package's ``mergeSnapshots``.
+    """
+    replaced = cast(Steps, delta.steps).to_json()
+    warnings = [
+        warning
+        for warning in base.warnings or ()
+        if not (isinstance(warning, Mapping) and warning.get("stepId") in replaced)
+    ] + list(delta.warnings or ())
+    metadata = {**(base.metadata or {}), **(delta.metadata or {})}
+    return WorkflowSnapshot(
+        steps=Steps({**cast(Steps, base.steps).to_json(), **replaced}),
+        execution=delta.execution,
+        metadata=metadata or None,
+        warnings=warnings or None,
+        extra={**base.extra, **delta.extra},
+    )
+
+
+def timestamp(moment: datetime | None = None) -> str:
+    """Write a time (default: now) the way the format wants it, ``2026-11-22T10:56:04.184Z``."""
+    moment = (moment or datetime.now(timezone.utc)).astimezone(timezone.utc)
+    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+
+
+def _from_resume_state(obj: Mapping[str, Any]) -> dict[str, Any]:
+    known = {"kind", "steps", "execution", "metadata", "warnings", "formatVersion"}
+    return {
+        "formatVersion": FORMAT_VERSION,
+        "steps": dict(obj["steps"]),
+        "execution": {"status": "running", "lastUpdated": timestamp()},
+        **{name: value for name, value in obj.items() if name not in known},
+    }
+
+
+def _resume_state_faults(obj: Mapping[str, Any]) -> list[str]:
+    if not isinstance(obj.get("steps"), (list, tuple)):
+        return ["steps of a ResumeState must be an array"]
+    faults = []
+    for i, entry in enumerate(obj["steps"]):
+        if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)):
+            faults.append(f"steps[{i}] must be a pair of key and result")
+        else:
+            faults += _step_faults(f"steps[{i}][1]", entry[1])
+    return faults
+
+
+def _step_faults(where: str, step: object) -> list[str]:
+    if not isinstance(step, Mapping):
+        return [f"{where} must be an object, not {_kind(step)}"]
+    ok = step.get("ok")
+    faults = []
+    if "ok" not in step:
+        faults.append(f"{where}.ok is missing")
+    elif not isinstance(ok, bool):
+        faults.append(f"{where}.ok must be true or false, not {_kind(ok)}")
+    elif not ok:
+        faults += [f"{where}.{name} is missing" for name in ("error", "cause") if name not in step]
+    for name in ("cause", "meta"):
+        part = step.get(name)
+        if part is not None and not isinstance(part, Mapping):
+            faults.append(f"{where}.{name} must be an object, not {_kind(part)}")
+    return faults
+
+
+def _execution_faults(execution: object) -> list[str]:
+    if not isinstance(execution, Mapping):
+        return [f"execution must be an object, not {_kind(execution)}"]
+    faults = []
+    if "status" not in execution:
+        faults.append("execution.status is missing")
+    elif execution["status"] not in STATUSES:
+        faults.append(
+            f"execution.status must be one of {', '.join(STATUSES)}, not {execution['status']!r}"
+        )
+    if "lastUpdated" not in execution:
+        faults.append("execution.lastUpdated is missing")
+    for name in ("lastUpdated", "completedAt", "currentStepId"):
+        value = execution.get(name)
+        required = name == "lastUpdated" and name in execution
+        if not isinstance(value, str) and (value is not None or required):
+            faults.append(f"execution.{name} must be a string, not {_kind(value)}")
+    return faults
+
+
+def _refuse(faults: list[str], id: str | None = None) -> None:
+    if faults:
+        raise SnapshotFormatError(id, faults)
+
+
+def _kind(value: object) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number"}
+    names |= {str: "a string", list: "an array", dict: "an object"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,527 @@
+"""Steps and replay, knowing no database.
+
+A workflow is a function whose first parameter is a `Step`. Each ``step(key, fn, ...)`` runs
+``fn`` once and records what came out; run again over what is recorded, the function gets the same
+answers without anything running a second time. `Run` is one such run.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta, timezone
+from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
+
+from attrs import define, field, frozen
+
+from . import _failure, _json
+from ._sql import check_id
+from .codec import Codec, decode, encode
+from .errors import (
+    AwaitlyError,
+    DuplicateStepKey,
+    WorkflowDrift,
+    WorkflowError,
+    WorkflowSuspended,
+)
+from .snapshot import WorkflowSnapshot, timestamp
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+OnDrift = Literal["error", "ignore"]
+EventType = Literal[
+    "run_started",
+    "run_completed",
+    "run_failed",
+    "run_suspended",
+    "run_stopped",
+    "step_started",
+    "step_completed",
+    "step_failed",
+    "step_replayed",
+]
+
+# How long a thread with new work waits, without any progress, for the other threads of a resumed
+# run to ask for their recorded steps, before that is called drift. Seconds.
+_THREADS_PATIENCE = 5.0
+
+_log = logging.getLogger("awaitly_postgres")
+
+
+@frozen
+class Event:
+    """Something that happened in a run, for ``on_event``. ``duration`` is in seconds.
+
+    ``run_stopped`` is a run that ended without an end being recorded: refused, lease or database
+    lost, Ctrl-C.
+    """
+
+    type: EventType
+    workflow: str
+    workflow_id: str | None
+    key: str | None = None
+    duration: float | None = None
+    error: BaseException | None = None
+    at: datetime = field(factory=lambda: datetime.now(timezone.utc))
+
+
+OnEvent = Callable[[Event], object]
+
+
+class Recorder(Protocol):
+    """Where a run keeps its steps beyond its own memory."""
+
+    def begin(self) -> None:
+        """Note that live work is about to start."""
+
+    def record(self, key: str, enter: Callable[[], str]) -> None:
+        """Keep one step; ``enter`` adds it to the run and returns its JSON."""
+
+    def transact(self, key: str, body: Callable[[Any], T], enter: Callable[[T], str]) -> None:
+        """Run ``body`` on a connection and keep its step in the same transaction."""
+
+    def signal(self, key: str) -> str | None:
+        """Return the JSON that was sent for ``step.wait(key)``, if any was."""
+
+    def now(self) -> datetime:
+        """Tell the time that counts."""
+
+
+class Interrupted(BaseException):
+    """Carries an error of ours through the user's ``except Exception`` to the caller of run."""
+
+    def __init__(self, error: AwaitlyError) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+class Step:
+    """What a workflow function receives first: runs its steps, each under a key of its own.
+
+    Example:
+        >>> from awaitly_postgres import Step, Workflow
+        >>> def checkout(step: Step, user_id: str) -> str:
+        ...     name = step("fetch-user", str.upper, user_id)
+        ...     return step("greet", "hello {}".format, name)
+        >>> Workflow(checkout)("ada")
+        'hello ADA'
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    def __call__(self, key: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return the result recorded under ``key``, or call ``fn`` and record it.
+
+        The result is what a replay would return: the value after a round trip through JSON (and
+        the codec). ``fn`` may run again if the process dies before the step is recorded. May be
+        called from several threads of one run.
+
+        Raises:
+            whatever ``fn`` raises, recorded as a failure and unchanged; on replay the same class
+            if it is loaded, else `StepFailed`.
+            ValueError: the key is empty, has a NUL or more than 1,000 bytes.
+        """
+        return self._run.step(key, fn, lambda: fn(*args, **kwargs))
+
+    def transaction(
+        self,
+        key: str,
+        fn: Callable[Concatenate[Any, P], T],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Like ``step(key, fn, ...)``, exactly once: what ``fn`` writes commits with the step.
+
+        ``fn(conn, ...)`` gets a psycopg connection inside a transaction. For durable runs only.
+        """
+        return self._run.step_transaction(key, fn, lambda conn: fn(conn, *args, **kwargs))
+
+    def sleep(self, key: str, duration: float | timedelta) -> None:
+        """Suspend the run, and let it go on ``duration`` (seconds) after this was first reached.
+
+        Nothing waits meanwhile: the process gets `WorkflowSuspended`, and `Durable.resume_pending`
+        takes the run up when its time has come.
+        """
+        seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
+        if not 0 <= seconds < 10**9:
+            raise ValueError(f"duration must be a number of seconds from 0 up, not {duration!r}")
+        self._run.sleep(key, timedelta(seconds=seconds))
+
+    def wait(self, key: str) -> Any:
+        """Suspend the run until ``Durable.signal(id, key, value)``, and return that value."""
+        return self._run.wait(key)
+
+    @property
+    def workflow_id(self) -> str | None:
+        """The id of the durable run; None in memory."""
+        return self._run.id
+
+    def idempotency_key(self, key: str) -> str:
+        """Return ``"<workflow id>/<key>"``, for an API that accepts such a key.
+
+        It stays the same however often the step is tried.
+        """
+        if self.workflow_id is None:
+            raise WorkflowError("an in-memory workflow has no id; use Durable.run(id, ...)")
+        return f"{self.workflow_id}/{check_id(key, 'step key')}"
+
+
+@define(eq=False)
+class Run:
+    """One run of a workflow function over what is recorded of it.
+
+    ``steps`` holds the JSON text of every recorded step by key, of earlier runs and of this one;
+    ``waits`` what the run is suspended for: a time by key, or None for a signal.
+    """
+
+    workflow: str
+    id: str | None = None
+    codec: Codec | None = None
+    on_event: OnEvent | None = None
+    on_drift: OnDrift = "error"
+    recorder: Recorder | None = None
+    steps: dict[str, str] = field(factory=dict)
+    waits: dict[str, str | None] = field(factory=dict)
+    last_key: str | None = None
+    _replayable: set[str] = field(factory=set)  # recorded and not to be tried again
+    _in_order: list[str] = field(factory=list)  # ... by the workflow's own thread, not yet asked
+    _unordered: set[str] = field(factory=set)  # ... elsewhere (threads, Node), not yet asked
+    _had_threads: bool = False
+    _asked: set[str] = field(factory=set)
+    _failures: dict[str, BaseException] = field(factory=dict)
+    _seq: int = 0
+    _live: bool = False
+    _interrupted: Interrupted | None = None
+    _own_thread: int = field(factory=threading.get_ident)
+    _changed: threading.Condition = field(factory=threading.Condition)
+
+    def restore(self, snapshot: WorkflowSnapshot) -> None:
+        """Take over what an earlier run has recorded."""
+        recorded = snapshot.to_json()["steps"]
+        self.steps = {key: _json.dumps(step) for key, step in recorded.items()}
+        metas = {key: step.get("meta") or {} for key, step in recorded.items()}
+        seqs = {key: _positive(meta.get("seq")) for key, meta in metas.items()}
+        self._seq = max(seqs.values(), default=0)
+        if self._seq:
+            self.last_key = max(seqs, key=seqs.__getitem__)
+        self._replayable = set(recorded) - _to_be_retried(snapshot, recorded, metas, seqs)
+        parallel = {key for key in self._replayable if metas[key].get("parallel")}
+        self._had_threads = bool(parallel)
+        self._unordered = parallel | {key for key in self._replayable if not seqs[key]}
+        in_order = sorted(self._replayable - self._unordered, key=seqs.__getitem__)
+        self._in_order = in_order[::-1]  # the next one is the last
+        waits = (snapshot.metadata or {}).get("waits")
+        if isinstance(waits, Mapping):
+            self.waits = {key: due for key, due in waits.items() if key not in recorded}
+
+    def run(self, fn: Callable[Concatenate[Step, ...], T], args: Any, kwargs: Any) -> T:
+        """Call ``fn`` with a `Step`, and see that it asks for all that is recorded."""
+        self._own_thread = threading.get_ident()
+        self.emit("run_started")
+        try:
+            result = fn(Step(self), *args, **kwargs)
+            if (unreached := self._unreached()) and self.on_drift == "error":
+                self._interrupt(WorkflowDrift(self.id, None, unreached))
+        except Interrupted as interrupted:
+            if interrupted is not self._interrupted:
+                raise
+        if self._interrupted is not None:  # perhaps swallowed on its way, by a bare except
+            raise self._interrupted.error
+        return result
+
+    @property
+    def interruption(self) -> AwaitlyError | None:
+        """The error of ours that has ended the run, not one that a step has raised."""
+        return None if self._interrupted is None else self._interrupted.error
+
+    def step(self, key: str, fn: Callable[..., T], call: Callable[[], T]) -> T:
+        """Replay ``key``, or run ``call`` and record what comes out."""
+        recorded = self._ask(key)
+        if recorded is not None:
+            return self._replay(key, fn, recorded)
+        timer = self._start(key)
+        try:
+            value = call()
+        except Exception as error:
+            self._record_failure(key, error, timer.stop())
+            raise
+        timing = timer.stop()
+        return self._record_value(key, fn, lambda: self._encode(key, value), timing)
+
+    def step_transaction(self, key: str, fn: Callable[..., T], call: Callable[[Any], T]) -> T:
+        """Replay ``key``, or run ``call`` and record it in one transaction."""
+        recorder = self.recorder
+        if recorder is None:
+            raise WorkflowError("step.transaction needs a database; use Durable.run(id, ...)")
+        recorded = self._ask(key)
+        if recorded is not None:
+            return self._replay(key, fn, recorded)
+        timer = self._start(key)
+        text, raised = "", None
+
+        def body(conn: Any) -> T:
+            nonlocal raised
+            try:
+                return call(conn)
+            except Exception as error:
+                raised = error
+                raise
+
+        def enter(value: T) -> str:
+            nonlocal text
+            text = self._encode(key, value)
+            return self._enter(key, text, timer.stop())
+
+        try:
+            recorder.transact(key, body, enter)
+        except Exception as error:
+            if error is raised:
+                self._record_failure(key, error, timer.stop())
+            elif isinstance(error, AwaitlyError):
+                raise self._interrupt(error) from error
+            raise
+        self.emit("step_completed", key, timer.stop()["durationMs"])
+        return self._decode(key, fn, text)
+
+    def sleep(self, key: str, duration: timedelta) -> None:
+        """Go on if the time of ``key`` has come, else suspend the run."""
+        if self._ask(key) is not None:
+            return
+        timer = self._start(key)
+        now = datetime.now(timezone.utc) if self.recorder is None else self.recorder.now()
+        due = self.waits.get(key) or timestamp(now + duration)
+        if due > timestamp(now):
+            self._suspend(key, due)
+        self._record_value(key, _nothing, lambda: "null", timer.stop())
+
+    def wait(self, key: str) -> Any:
+        """Return what was sent for ``key``, else suspend the run."""
+        recorded = self._ask(key)
+        if recorded is not None:
+            return _json.loads(recorded).get("value")
+        timer = self._start(key)
+        value = None if self.recorder is None else self.recorder.signal(key)
+        if value is None:
+            self._suspend(key, None)
+        return self._record_value(key, _nothing, lambda: str(value), timer.stop())
+
+    def forget(self, key: str) -> None:
+        """Take back a step that was rolled back."""
+        self.steps.pop(key, None)
+
+    def blame(self, error: BaseException) -> None:
+        """Mark the step whose failure ended the run, so that the next run tries it again."""
+        for cause in _failure.chain(error):
+            keys = [key for key, failure in self._failures.items() if failure is cause]
+            for key in keys:
+                step = _json.loads(self.steps[key])
+                step["meta"] = {**(step.get("meta") or {}), "ended": True}
+                self.steps[key] = _json.dumps(step)
+            if keys and not hasattr(error, "exceptions"):
+                return
+
+    def steps_json(self) -> str:
+        """Return all steps as the text of one JSON object."""
+        return f"{{{','.join(f'{_json.dumps(key)}:{step}' for key, step in self.steps.items())}}}"
+
+    def emit(
+        self,
+        type: EventType,
+        key: str | None = None,
+        milliseconds: float | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """Tell ``on_event``. An observer that fails is logged and does not disturb the run."""
+        if self.on_event is None:
+            return
+        duration = None if milliseconds is None else milliseconds / 1000
+        try:
+            self.on_event(Event(type, self.workflow, self.id, key, duration, error))
+        except Exception:
+            _log.exception("on_event failed for %s of workflow %s", type, self.id or self.workflow)
+
+    # -- asking ----------------------------------------------------------------------------
+
+    def _ask(self, key: str) -> str | None:
+        """Return the recorded JSON of ``key``, or None when the step may run now."""
+        check_id(key, "step key")
+        with self._changed:
+            if self._interrupted is not None:
+                raise self._interrupted
+            if key in self._asked:
+                raise self._interrupt(DuplicateStepKey(self.id, key))
+            self._asked.add(key)
+            if key in self._replayable:
+                self._reach(key)
+                self.emit("step_replayed", key)
+                return self.steps[key]
+            self._wait_until_all_reached(key)
+            if not self._live and self.recorder is not None:
+                try:
+                    self.recorder.begin()
+                except AwaitlyError as error:
+                    raise self._interrupt(error) from error
+            self._live = True
+            return None
+
+    def _reach(self, key: str) -> None:
+        """Tick ``key`` off. The workflow's own thread must ask in the order of the record."""
+        if key in self._unordered:
+            self._unordered.discard(key)
+        elif self._in_order[-1] == key:
+            self._in_order.pop()
+        else:
+            own = threading.get_ident() == self._own_thread
+            if own and self.on_drift == "error":
+                raise self._interrupt(WorkflowDrift(self.id, key, self._unreached()))
+            self._in_order.remove(key)
+        self._changed.notify_all()
+
+    def _wait_until_all_reached(self, key: str) -> None:
+        """Return once everything recorded has been asked for: new work must not start before.
+
+        What the workflow's own thread recorded is asked for there, in order; when that thread comes
+        with something new, it never will be. Other threads may still be on their way.
+        """
+        if self.on_drift == "ignore":
+            return
+        while unreached := self._unreached():
+            own = threading.get_ident() == self._own_thread
+            hopeless = own and not self._had_threads
+            if hopeless or not self._changed.wait(_THREADS_PATIENCE):
+                raise self._interrupt(WorkflowDrift(self.id, key, unreached))
+            if self._interrupted is not None:
+                raise self._interrupted
+
+    def _unreached(self) -> list[str]:
+        return self._in_order[::-1] + sorted(self._unordered)
+
+    def _interrupt(self, error: AwaitlyError) -> Interrupted:
+        """End the run with ``error``: now, and at every further step it may still try."""
+        with self._changed:
+            if self._interrupted is None:
+                self._interrupted = Interrupted(error)
+                self._changed.notify_all()
+            return self._interrupted
+
+    def _suspend(self, key: str, due: str | None) -> None:
+        self.waits[key] = due
+        raise self._interrupt(WorkflowSuspended(self.id, key))
+
+    # -- recording -------------------------------------------------------------------------
+
+    def _start(self, key: str) -> _Timer:
+        self.emit("step_started", key)
+        return _Timer()
+
+    def _record_value(
+        self, key: str, fn: Callable[..., T], encoded: Callable[[], str], timing: _Timing
+    ) -> T:
+        try:
+            text = encoded()
+            self._record(key, lambda: self._enter(key, text, timing))
+        except AwaitlyError as error:
+            raise self._interrupt(error) from error
+        self.emit("step_completed", key, timing["durationMs"])
+        return self._decode(key, fn, text)
+
+    def _record_failure(self, key: str, error: Exception, timing: _Timing) -> None:
+        def enter() -> str:
+            step = {"ok": False, **_failure.to_json(error)}
+            with self._changed:
+                self._failures[key] = error
+                step["meta"] = {**step["meta"], **self._meta(timing)}
+                return self._add(key, _json.dumps(step))
+
+        try:
+            self._record(key, enter)
+        except AwaitlyError as lost:
+            raise self._interrupt(lost) from error
+        self.emit("step_failed", key, timing["durationMs"], error)
+
+    def _record(self, key: str, enter: Callable[[], str]) -> None:
+        if self.recorder is None:
+            enter()
+        else:
+            self.recorder.record(key, enter)
+
+    def _enter(self, key: str, value: str, timing: _Timing) -> str:
+        with self._changed:
+            meta = _json.dumps(self._meta(timing))
+            return self._add(key, f'{{"ok":true,"value":{value},"meta":{meta}}}')
+
+    def _add(self, key: str, step: str) -> str:
+        self.steps[key] = step
+        self.waits.pop(key, None)
+        self.last_key = key
+        return step
+
+    def _meta(self, timing: _Timing) -> dict[str, Any]:
+        self._seq += 1
+        meta = {**timing, "seq": self._seq}
+        return meta if threading.get_ident() == self._own_thread else {**meta, "parallel": True}
+
+    def _encode(self, key: str, value: Any) -> str:
+        return encode(self.codec, value, f"the result of step {key!r}")
+
+    def _decode(self, key: str, fn: Callable[..., T], text: str) -> T:
+        try:
+            value = _json.as_stored(text)
+            return decode(self.codec, value, fn, self.id, f"steps[{key!r}].value")
+        except AwaitlyError as error:
+            raise self._interrupt(error) from error
+
+    def _replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
+        step = _json.loads(recorded)
+        if step["ok"]:
+            return self._decode(key, fn, _json.dumps(step.get("value")))
+        failure = self._failures[key] = _failure.from_json(key, step)
+        raise failure
+
+
+_Timing = dict[str, Any]
+
+
+class _Timer:
+    """Measures one step: the clock says when it began, the counter for how long."""
+
+    def __init__(self) -> None:
+        self._started = timestamp()
+        self._counter = time.perf_counter()
+
+    def stop(self) -> _Timing:
+        elapsed = time.perf_counter() - self._counter
+        return {"startedAt": self._started, "durationMs": round(elapsed * 1000, 3)}
+
+
+def _nothing() -> Any:
+    """Stands for a step function that returns plain JSON."""
+
+
+def _positive(value: object) -> int:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _to_be_retried(
+    snapshot: WorkflowSnapshot,
+    recorded: Mapping[str, Any],
+    metas: Mapping[str, Any],
+    seqs: Mapping[str, int],
+) -> set[str]:
+    """Tell which recorded failures the next run tries again: those that ended the last one.
+
+    A run that ended said so itself, in ``meta.ended``. After a crash it is the failure that nothing
+    was recorded after: if the workflow had caught it, it had not yet got anywhere. Node's rows have
+    neither mark; there it is the last step, or without that every failure.
+    """
+    failed = {key for key, step in recorded.items() if not step["ok"]}
+    if not any(seqs.values()):
+        last = (snapshot.metadata or {}).get("lastStepKey", snapshot.execution.current_step_id)
+        return failed if last is None else failed & {last}
+    crashed_after = max(seqs.values()) if snapshot.execution.status == "running" else None
+    return {key for key in failed if metas[key].get("ended") or seqs[key] == crashed_after}

