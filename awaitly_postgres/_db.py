@@ -40,22 +40,26 @@ _TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
 _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
 
 
-def fetch(conn: Connection, statement: bytes, params: Mapping[str, Any]) -> list[Row]:
+def fetch(
+    conn: Connection, statement: bytes, params: Mapping[str, Any], *, prepare: bool | None = None
+) -> list[Row]:
     """Run one statement and return its rows, whatever factories and adapters ``conn`` has."""
-    with psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
-        cursor.execute(statement, params)
-        rows = cursor.fetchall()
+    cursor = psycopg.Cursor(conn, row_factory=tuple_row)
+    cursor.execute(statement, params, prepare=prepare)
+    rows = cursor.fetchall()
     if any(isinstance(value, bytes) for value in (rows[0] if rows else ())):
         # An SQL_ASCII database makes no promise about encoding, so psycopg leaves text alone.
         return [tuple(v.decode() if isinstance(v, bytes) else v for v in row) for row in rows]
     return rows
 
 
-def execute(conn: Connection, statement: bytes, params: Mapping[str, Any]) -> int:
+def execute(
+    conn: Connection, statement: bytes, params: Mapping[str, Any], *, prepare: bool | None = None
+) -> int:
     """Run one statement and return how many rows it changed."""
-    with psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
-        cursor.execute(statement, params)
-        return cursor.rowcount
+    cursor = psycopg.Cursor(conn, row_factory=tuple_row)
+    cursor.execute(statement, params, prepare=prepare)
+    return cursor.rowcount
 
 
 @define(eq=False)
@@ -111,10 +115,15 @@ class Database:
                 self._pause_or_raise(error, backoff)
 
     def rows(
-        self, statement: bytes, params: Mapping[str, Any], conn: Connection | None = None
+        self,
+        statement: bytes,
+        params: Mapping[str, Any],
+        conn: Connection | None = None,
+        *,
+        prepare: bool | None = None,
     ) -> list[Row]:
         """Run one idempotent statement and return its rows."""
-        return self.run(lambda c: fetch(c, statement, params), conn)
+        return self.run(lambda c: fetch(c, statement, params, prepare=prepare), conn)
 
     def count(
         self, statement: bytes, params: Mapping[str, Any], conn: Connection | None = None
@@ -226,7 +235,7 @@ class Database:
             min_size=self._min_size,
             max_size=self._max_size,
             open=False,
-            configure=None if "prepare_threshold" in kwargs else _prepare_unless_pooled,
+            configure=None if "prepare_threshold" in kwargs else _set_up_prepared_statements,
             # A short one: the pool doubles its pauses and would sleep through a recovery.
             reconnect_timeout=_PATIENCE,
         )
@@ -382,13 +391,19 @@ def _is_transient(error: Exception) -> bool:
     return error.sqlstate.startswith(_TRANSIENT)
 
 
-def _prepare_unless_pooled(conn: Connection) -> None:
-    """Turn prepared statements off behind PgBouncer, where the next one to use the server
-    connection would find ours under its names.
+def _set_up_prepared_statements(conn: Connection) -> None:
+    """Have statements planned once; behind PgBouncer, have none prepared.
 
-    A pooler answers with a process id of its own making.
+    There the next one to use the server connection would find ours under its names. A pooler
+    answers with a process id of its own making.
     """
-    if fetch(conn, b"SELECT pg_backend_pid()", {})[0][0] != conn.info.backend_pid:
+    direct = fetch(
+        conn,
+        b"SELECT set_config('plan_cache_mode', 'force_generic_plan', false) "
+        b"WHERE pg_backend_pid() = %(pid)s",
+        {"pid": conn.info.backend_pid},
+    )
+    if not direct:
         conn.prepare_threshold = None
 
 

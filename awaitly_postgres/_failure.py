@@ -10,7 +10,9 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from types import MemberDescriptorType
 from typing import Any
 
 from . import _json
@@ -27,11 +29,9 @@ def to_json(error: BaseException) -> dict[str, Any]:
     """Return the fields of a failed step: ``error``, ``cause`` and ``meta``."""
     kind = type(error)
     exception: dict[str, Any] = {"type": f"{kind.__module__}:{kind.__qualname__}"}
-    for name, value in (("args", list(error.args)), ("state", vars(error))):
-        try:
-            exception[name] = _json.loads(_json.dumps(value))
-        except NotSerializable:
-            exception[name] = [_clean(str(error))] if name == "args" else {}
+    args = list(error.args)
+    exception["args"] = args if _fits(args) else [_clean(str(error))]
+    exception["state"] = {name: value for name, value in _state(error) if _fits({name: value})}
     return {
         "error": kind.__name__,
         "cause": _cause(error),
@@ -65,6 +65,32 @@ def chain(error: BaseException) -> Iterator[BaseException]:
             queue += [following] if following is not None else []
 
 
+def _state(error: BaseException) -> Iterator[tuple[str, Any]]:
+    yield from vars(error).items()
+    for name, slot in _slots(type(error)).items():
+        with suppress(AttributeError):
+            yield name, slot.__get__(error)
+
+
+def _slots(kind: type) -> dict[str, Any]:
+    """Return what a class made by attrs or dataclasses keeps its attributes in."""
+    own = [vars(base) for base in reversed(kind.__mro__) if base.__module__ != "builtins"]
+    return {
+        name: member
+        for members in own
+        for name, member in members.items()
+        if isinstance(member, MemberDescriptorType)
+    }
+
+
+def _fits(value: Any) -> bool:
+    try:
+        _json.dumps(value, depth=_json.VALUE_DEPTH)
+    except NotSerializable:
+        return False
+    return True
+
+
 def _cause(error: BaseException, depth: int = 0) -> dict[str, Any]:
     stack = "".join(
         traceback.format_exception(type(error), error, error.__traceback__, chain=False)
@@ -94,8 +120,12 @@ def _rebuild(exception: Mapping[str, Any]) -> Exception | None:
     try:
         error: Exception = builtin.__new__(kind, *args)
         error.args = tuple(args)
-        if isinstance(state, Mapping):
-            vars(error).update(state)
+        slots = _slots(kind)
+        for name, value in state.items() if isinstance(state, Mapping) else ():
+            if name in slots:
+                slots[name].__set__(error, value)
+            else:
+                vars(error)[name] = value
         str(error)
     except Exception:
         return None

@@ -10,19 +10,25 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from .errors import NotSerializable
 
-MAX_DEPTH = 500  # Python's decoder gives up near 1000 less the caller's own stack.
+MAX_DEPTH = 250  # of a document; here a level takes two frames, and Python has 1000 in all
+VALUE_DEPTH = 240  # of a value, which is stored some levels down in a document
 MAX_BYTES = 268_435_455  # JENTRY_OFFLENMASK in PostgreSQL's utils/jsonb.h
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_decode_in_order = json.JSONDecoder(object_pairs_hook=lambda pairs: _jsonb_order(pairs)).decode
+_STR, _SEQUENCES = {str}, {list, tuple}
+_SCALARS = {str, int, float, bool, type(None)}
+quote = json.encoder.encode_basestring  # a string without NUL and lone surrogates, as JSON
 # Text that may stand for a float which JSONB would alter, or for a NUL.
 _suspect = re.compile(r"e\+|-0\.0(?!\d)|\\u0000").search
 
 
-def dumps(value: Any, path: str = "$") -> str:
+def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
     """Encode ``value``; raise `NotSerializable` with the path of the first thing that does not fit.
 
     Tuples become lists; subclasses of str, int, float, list and dict become the plain thing.
@@ -31,10 +37,10 @@ def dumps(value: Any, path: str = "$") -> str:
         text = _encoder.encode(value)
         text.encode()  # lone surrogates
     except (TypeError, ValueError, RecursionError):
-        text = _write(value, path)
+        text = _write(value, path, depth)
     else:
-        if _suspect(text) or not _is_plain(value):
-            text = _write(value, path)
+        if _suspect(text) or not _is_plain(value, depth):
+            text = _write(value, path, depth)
     check_size(text, None, path)
     return text
 
@@ -45,11 +51,14 @@ def check_size(text: str, subject: str | None, path: str = "$") -> None:
         raise NotSerializable(path, f"{size:,} bytes, JSONB holds at most {MAX_BYTES:,}", subject)
 
 
-def dumps_with(value: dict[str, Any], texts: dict[str, str]) -> str:
-    """Encode ``value`` with further members that are JSON text already."""
-    members = [dumps(value)[1:-1]] if value else []
-    members += [f"{dumps(name)}:{text}" for name, text in texts.items()]
-    return f"{{{','.join(members)}}}"
+def join(texts: Mapping[str, str]) -> str:
+    """Make one JSON object of members that are JSON text already."""
+    return f"{{{','.join([f'{quote(name)}:{text}' for name, text in texts.items()])}}}"
+
+
+def join_to(value: dict[str, Any], texts: Mapping[str, str]) -> str:
+    """Encode ``value``, which is not empty, with further members that are JSON text already."""
+    return f"{dumps(value)[:-1]},{join(texts)[1:]}" if texts else dumps(value)
 
 
 def canonical(text: str) -> str:
@@ -64,7 +73,7 @@ def loads(text: str | bytes) -> Any:
 
 def as_stored(text: str) -> Any:
     """Decode ``text`` to the value that a round trip through JSONB gives, in its order of keys."""
-    return json.loads(text, object_pairs_hook=_jsonb_order)
+    return _decode_in_order(text)
 
 
 def _jsonb_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -78,25 +87,27 @@ def _key_rank(pair: tuple[str, Any]) -> tuple[int, bytes]:
     return len(key), key  # lengthCompareJsonbStringValue in PostgreSQL's jsonb_util.c
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int) -> bool:
     """Tell whether all keys are strings and the nesting is within bounds (no cycles by now)."""
     level = [value]
-    for _ in range(MAX_DEPTH + 1):
+    for _ in range(depth):
         below: list[Any] = []
         for item in level:
-            if isinstance(item, dict):
-                if not all(isinstance(key, str) for key in item):
+            members = item
+            if type(item) is dict:
+                if not set(map(type, item)) <= _STR:
                     return False
-                below += [v for v in item.values() if isinstance(v, (dict, list, tuple))]
-            elif isinstance(item, (list, tuple)):
-                below += [v for v in item if isinstance(v, (dict, list, tuple))]
+                members = item.values()
+            elif type(item) not in _SEQUENCES:
+                return type(item) in _SCALARS
+            below += [member for member in members if type(member) not in _SCALARS]
         if not below:
             return True
         level = below
     return False
 
 
-def _write(value: Any, path: str) -> str:
+def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
     """Encode slowly, exactly, and with the path at hand. This is the definition of `dumps`."""
     ancestors: set[int] = set()
 
@@ -134,11 +145,11 @@ def _write(value: Any, path: str) -> str:
         if not isinstance(value, (dict, list, tuple)):
             kind = type(value)
             name = kind.__name__ if kind.__module__ == "builtins" else _qualified(kind)
-            refuse(path, f"a value of type {name} (convert it, or give a codec)")
+            refuse(path, f"a value of type {name}")
         if id(value) in ancestors:
             refuse(path, "it contains itself")
-        if len(ancestors) >= MAX_DEPTH:
-            refuse(_shorten(path), f"it is nested more than {MAX_DEPTH} levels deep")
+        if len(ancestors) >= depth:
+            refuse(_shorten(path), f"it is nested more than {depth} levels deep")
         ancestors.add(id(value))
         try:
             if not isinstance(value, dict):

@@ -86,6 +86,7 @@ class Session:
     _begun: bool = False
     _written: int = 0  # characters of the snapshot when it was last rewritten
     _appended: int = 0  # characters put into the journal since
+    _journal_is_empty: bool = False
     _turn: threading.Lock = field(factory=threading.Lock)
 
     def __attrs_post_init__(self) -> None:
@@ -135,10 +136,10 @@ class Session:
         """
         token, ttl, document = leases.new_token(), self.policy.lock_ttl, self._document("running")
         params = {"id": self._key, "token": token, "ttl": ttl, "snapshot": document}
-        ((text, journal, until, created),) = self._db.rows(self._sql.begin, params)
+        ((text, journal, until, created),) = self._db.rows(self._sql.begin, params, prepare=True)
         if until is not None:
             self._lease = Lease(self.id, token, moment(until), ttl, self._key, self._db)
-        self._begun = created
+        self._begun = self._journal_is_empty = created
         self._written = len(document)
         return None if text is None else decode_snapshot(self.id, text, journal)
 
@@ -274,12 +275,12 @@ class Session:
     def transact(self, key: str, body: Callable[[Any], T], enter: Callable[[T], str]) -> None:
         """Run ``body`` and checkpoint its step in one transaction, the fence last."""
         step: str | None = None
-        sizes = self._written, self._appended
+        before = self._written, self._appended, self._journal_is_empty
 
         def last(conn: Connection, value: T) -> None:
-            nonlocal step, sizes
+            nonlocal step, before
             turn.enter_context(self._turn)  # until after the commit
-            sizes = self._written, self._appended
+            before = self._written, self._appended, self._journal_is_empty
             entered = step = enter(value)
             if not self._db.run(lambda conn: self._checkpoint(conn, key, entered), conn):
                 raise LeaseLost(self.id)
@@ -292,7 +293,7 @@ class Session:
                 if isinstance(error, StoreUnavailable) and step and self._has(key, step):
                     return
                 if step is not None:
-                    self._written, self._appended = sizes
+                    self._written, self._appended, self._journal_is_empty = before
                     self._run.forget(key)
                 raise
 
@@ -322,14 +323,16 @@ class Session:
         if small or due or hidden or not self._sql.journal:
             return self._rewrite(conn)
         params = {**self._held.params, "key": key, "step": step}
-        self._appended = grown
-        return bool(execute(conn, self._sql.append, params))
+        self._appended, self._journal_is_empty = grown, False
+        return bool(execute(conn, self._sql.append, params, prepare=True))
 
     def _rewrite(self, conn: Connection) -> bool:
         document = self._document("running")
-        self._written, self._appended = len(document), 0
+        statement = self._sql.write if self._journal_is_empty else self._sql.fold
         params = {**self._held.params, "snapshot": document}
-        return bool(execute(conn, self._sql.write, params))
+        done = bool(execute(conn, statement, params, prepare=True))
+        self._written, self._appended, self._journal_is_empty = len(document), 0, True
+        return done
 
     def _has(self, key: str, step: str) -> bool:
         stored = self.store.load(self.id)
@@ -343,6 +346,7 @@ class Session:
         params = {**self._held.params, "snapshot": document, "pause": pause}
         execution = _json.loads(document)["execution"]
         forget = execution["status"] == "completed" and self.policy.on_complete == "delete"
+        finish = self._sql.finish if self._journal_is_empty else self._sql.finish_and_fold
         tries = 0
 
         def work(conn: Connection) -> bool:
@@ -350,7 +354,7 @@ class Session:
             tries += 1
             if forget:
                 return bool(fetch(conn, self._sql.discard, self._held.params))
-            return bool(execute(conn, self._sql.finish, params))
+            return bool(execute(conn, finish, params, prepare=True))
 
         if not self._db.run(work):
             # An earlier try may have done it, and only its reply was lost.
@@ -369,7 +373,9 @@ class Session:
                 self._lease.release()
 
     def _raise_if_cancelled(self, error: LeaseLost) -> None:
-        stored = self.store.load(self.id)
+        stored = None
+        with suppress(AwaitlyError):
+            stored = self.store.load(self.id)
         if stored is not None and "cancelledAt" in (stored.metadata or {}):
             raise WorkflowCancelled(self.id) from error
 
@@ -415,13 +421,13 @@ class Session:
             "formatVersion": "1",
             "steps": self._run.steps_json(),
             "execution": _json.dumps(execution),
-            "metadata": _json.dumps_with(metadata, texts),
+            "metadata": _json.join_to(metadata, texts),
         }
         if self._stored is not None:
             if self._stored.warnings:
                 members["warnings"] = _json.dumps(self._stored.warnings)
             members |= {name: _json.dumps(value) for name, value in self._stored.extra.items()}
-        text = _json.dumps_with({}, members)
+        text = _json.join(members)
         _json.check_size(text, f"the snapshot for {self.id!r}")
         return text
 

@@ -105,7 +105,9 @@ class Statements:
     begin: bytes
     write: bytes
     append: bytes
+    fold: bytes
     finish: bytes
+    finish_and_fold: bytes
     discard: bytes
     cancel: bytes
     signal: bytes
@@ -118,6 +120,7 @@ class Statements:
     held: bytes
     now: bytes
     list: bytes
+    details: bytes
     pending: bytes
     stats: bytes
     prunable: bytes
@@ -164,8 +167,15 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
     names["journal"] = sql.SQL("NULL")
     if journal:
         names["journal"] = with_journal(
-            "(SELECT json_object_agg(key, step)::text FROM {steps} j WHERE j.id = s.id)"
+            "(SELECT json_object_agg(key, step)::text FROM {steps} WHERE id = %(id)s)"
         )
+    # A document of the newest Node releases has its steps as an array of pairs.
+    names["step_keys"] = sql.SQL(
+        "SELECT jsonb_object_keys(CASE WHEN jsonb_typeof(snapshot->'steps') = 'object' "
+        "THEN snapshot->'steps' ELSE '{{}}' END) UNION SELECT pair->>0 FROM "
+        "jsonb_array_elements(CASE WHEN jsonb_typeof(snapshot->'steps') = 'array' "
+        "THEN snapshot->'steps' ELSE '[]' END) AS pair{journal_keys}"
+    ).format(journal_keys=with_journal(" UNION SELECT key FROM {steps} j WHERE j.id = s.id"))
     names["swept"] = with_journal(", swept AS (DELETE FROM {steps} WHERE id = %(id)s)")
     for source in ("fence", "created"):
         names["source"] = sql.SQL(source)
@@ -222,11 +232,25 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
         names["schema"] = sql.Identifier(schema)
         ddl = {"": text("CREATE SCHEMA IF NOT EXISTS {schema};\n"), **ddl}
 
+    # Sweeping an empty journal costs a fifth of the statement, hence each with and without.
+    write = (
+        "WITH {fence}{swept_if_fence} INSERT INTO {snapshots} (id, snapshot, updated_at) "
+        "SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM fence {upsert_but_signals}"
+    )
+    finish = (
+        "WITH {fence_and_release}{swept_if_fence} "
+        "INSERT INTO {snapshots} (id, snapshot, updated_at) "
+        "SELECT %(id)s, CASE WHEN %(pause)s::float8 IS NULL THEN %(snapshot)s::jsonb "
+        "ELSE jsonb_set(%(snapshot)s::jsonb, '{{metadata,wakeAt}}', to_jsonb(to_char("
+        "(clock_timestamp() + make_interval(secs => %(pause)s::float8)) "
+        "AT TIME ZONE 'UTC', {format_iso}))) END, clock_timestamp() FROM fence {upsert_but_signals}"
+    )
+
     return Statements(
         journal=journal,
         load=compile(
             "SELECT snapshot::text, {journal}, to_char(updated_at AT TIME ZONE 'UTC', {iso}) "
-            "FROM {snapshots} s WHERE id = %(id)s"
+            "FROM {snapshots} WHERE id = %(id)s"
         ),
         save=compile(
             "WITH given AS (SELECT %(id)s::text AS id){swept} "
@@ -245,7 +269,7 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
         exists=compile("SELECT 1 FROM {snapshots} WHERE id = %(id)s"),
         begin=compile(
             "WITH existing AS (SELECT snapshot::text AS snapshot, {journal} AS journal "
-            "FROM {snapshots} s WHERE id = %(id)s), "
+            "FROM {snapshots} WHERE id = %(id)s), "
             "lease AS (INSERT INTO {lock} (workflow_id, owner_token, expires_at) "
             "SELECT %(id)s, %(token)s, {lease_end} WHERE NOT EXISTS (SELECT FROM existing) "
             "ON CONFLICT (workflow_id) DO NOTHING RETURNING expires_at), "
@@ -256,25 +280,15 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
             "(SELECT to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM lease), "
             "EXISTS (SELECT FROM created)"
         ),
-        write=compile(
-            "WITH {fence}{swept_if_fence} "
-            "INSERT INTO {snapshots} (id, snapshot, updated_at) "
-            "SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM fence {upsert_but_signals}"
-        ),
+        write=compile(write.replace("{swept_if_fence}", "")),
+        fold=compile(write),
         append=compile(
             "WITH {fence} INSERT INTO {steps} (id, key, step) "
             "SELECT %(id)s, %(key)s, %(step)s::jsonb FROM fence "
             "ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step"
         ),
-        finish=compile(
-            "WITH {fence_and_release}{swept_if_fence} "
-            "INSERT INTO {snapshots} (id, snapshot, updated_at) "
-            "SELECT %(id)s, CASE WHEN %(pause)s::float8 IS NULL THEN %(snapshot)s::jsonb "
-            "ELSE jsonb_set(%(snapshot)s::jsonb, '{{metadata,wakeAt}}', to_jsonb(to_char("
-            "(clock_timestamp() + make_interval(secs => %(pause)s::float8)) "
-            "AT TIME ZONE 'UTC', {format_iso}))) END, "
-            "clock_timestamp() FROM fence {upsert_but_signals}"
-        ),
+        finish=compile(finish.replace("{swept_if_fence}", "")),
+        finish_and_fold=compile(finish),
         discard=compile(
             "WITH {fence_and_release}{swept_if_fence}, "
             "gone AS (DELETE FROM {snapshots} WHERE id = %(id)s AND EXISTS (SELECT FROM fence)) "
@@ -329,6 +343,18 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
             "to_char(updated_at AT TIME ZONE 'UTC', {iso}) FROM {snapshots} "
             'WHERE TRUE/*filters*/ ORDER BY updated_at DESC, id COLLATE "C" DESC '
             "LIMIT %(limit)s::bigint"
+        ),
+        details=compile(
+            "SELECT s.id, COALESCE({status}, 'running'), "
+            "to_char(updated_at AT TIME ZONE 'UTC', {iso}), "
+            "(SELECT count(*) FROM ({step_keys}) AS recorded), "
+            "CASE WHEN jsonb_typeof(snapshot->'metadata') = 'object' THEN "
+            "((snapshot->'metadata') - 'input' - 'output' - 'failure')::text END, "
+            "l.owner_token, to_char(l.expires_at AT TIME ZONE 'UTC', {iso}), "
+            "to_char(clock_timestamp() AT TIME ZONE 'UTC', {iso}) "
+            "FROM {snapshots} s LEFT JOIN {lock} l "
+            "ON l.workflow_id = s.id AND l.expires_at > clock_timestamp() "
+            "WHERE s.id = ANY(%(ids)s::text[])"
         ),
         # Comparing wakeAt as text and attempts as JSONB never fails, whatever a row holds.
         pending=compile(

@@ -30,7 +30,8 @@ class Codec(Protocol):
 def encode(codec: Codec | None, value: Any, subject: str) -> str:
     """Encode ``value`` for the store; raise `NotSerializable` that names ``subject``."""
     try:
-        return _json.dumps(value if codec is None else codec.encode(value))
+        plain = value if codec is None else codec.encode(value)
+        return _json.dumps(plain, depth=_json.VALUE_DEPTH)
     except NotSerializable as error:
         error.subject = subject
         error.args = (error.path, error.reason, subject)

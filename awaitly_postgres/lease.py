@@ -21,6 +21,7 @@ from ._db import Connection, Database, fetch
 from .errors import AlreadyRunning, AwaitlyError
 
 DEFAULT_TTL = 60.0  # seconds
+_LINGER = 1.0  # seconds for which the renewing thread waits for another lease before it ends
 
 
 @define(eq=False)
@@ -115,27 +116,28 @@ def acquire(db: Database, id: str, key: str, ttl: float) -> Lease:
 class _Renewer:
     """One thread per process that renews what is kept, every third of its ttl.
 
-    It starts with the first lease and ends with the last. It keeps no lease alive by itself.
+    It starts with the first lease and ends soon after the last. It keeps no lease alive by itself.
     """
 
     _due: weakref.WeakKeyDictionary[Lease, float] = field(factory=weakref.WeakKeyDictionary)
     _changed: threading.Condition = field(factory=threading.Condition)
     _thread: threading.Thread | None = None
+    _wakes_at: float = 0.0
 
     def keep(self, lease: Lease) -> None:
         with self._changed:
-            self._due[lease] = time.monotonic() + lease.ttl / 3
+            due = self._due[lease] = time.monotonic() + lease.ttl / 3
             if self._thread is None:
                 self._thread = threading.Thread(
                     target=self._work, name="awaitly-lease-renewal", daemon=True
                 )
                 self._thread.start()
-            self._changed.notify()
+            elif due < self._wakes_at:
+                self._changed.notify()
 
     def drop(self, lease: Lease) -> None:
         with self._changed:
             self._due.pop(lease, None)
-            self._changed.notify()
 
     def _work(self) -> None:
         while (lease := self._next()) is not None:
@@ -153,18 +155,21 @@ class _Renewer:
             del lease
 
     def _next(self) -> Lease | None:
-        """Wait for the first lease that is due; None when there is none left."""
+        """Wait for the first lease that is due; None when there has been none for a while."""
+        idle = False
         with self._changed:
             while True:
                 lease = min(self._due, key=lambda kept: self._due[kept], default=None)
-                if lease is None:
+                if lease is None and idle:
                     self._thread = None
                     return None
-                wait = self._due[lease] - time.monotonic()
-                if wait <= 0:
+                now = time.monotonic()
+                self._wakes_at = now + _LINGER if lease is None else self._due[lease]
+                if lease is not None and self._wakes_at <= now:
                     return lease
+                idle = lease is None
                 del lease  # so that one which nobody holds any more goes away meanwhile
-                self._changed.wait(wait)
+                self._changed.wait(self._wakes_at - now)
 
 
 _renewer = _Renewer()

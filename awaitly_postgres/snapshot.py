@@ -210,10 +210,11 @@ def validate_snapshot(obj: object) -> list[str]:
         faults.append("execution is missing")
     else:
         faults += _execution_faults(obj["execution"])
-    if not isinstance(obj.get("metadata") or {}, Mapping):
-        faults.append(f"metadata must be an object, not {_kind(obj['metadata'])}")
-    if not isinstance(obj.get("warnings") or [], (list, tuple)):
-        faults.append(f"warnings must be an array, not {_kind(obj['warnings'])}")
+    metadata, warnings = obj.get("metadata"), obj.get("warnings")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        faults.append(f"metadata must be an object, not {_kind(metadata)}")
+    if warnings is not None and not isinstance(warnings, (list, tuple)):
+        faults.append(f"warnings must be an array, not {_kind(warnings)}")
     return faults
 
 
@@ -241,8 +242,8 @@ def merge_snapshots(base: WorkflowSnapshot, delta: WorkflowSnapshot) -> Workflow
 
 def timestamp(moment: datetime | None = None) -> str:
     """Write a time (default: now) the way the format wants it, ``2026-11-22T10:56:04.184Z``."""
-    moment = (moment or datetime.now(timezone.utc)).astimezone(timezone.utc)
-    return f"{moment:%Y-%m-%dT%H:%M:%S}.{moment.microsecond // 1000:03d}Z"
+    moment = datetime.now(timezone.utc) if moment is None else moment.astimezone(timezone.utc)
+    return f"{moment.replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
 
 
 def _from_resume_state(obj: Mapping[str, Any]) -> dict[str, Any]:

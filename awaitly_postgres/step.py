@@ -227,10 +227,11 @@ class Run:
             result = fn(Step(self), *args, **kwargs)
             if (unreached := self._unreached()) and self.on_drift == "error":
                 self._interrupt(WorkflowDrift(self.id, None, unreached))
-        except Interrupted as interrupted:
-            if interrupted is not self._interrupted:
+        except (Exception, Interrupted):
+            if self._interrupted is None:
                 raise
-        if self._interrupted is not None:  # perhaps swallowed on its way, by a bare except
+        # Whatever the function made of it on the way: swallowed by a bare except, or replaced.
+        if self._interrupted is not None:
             raise self._interrupted.error
         return result
 
@@ -288,22 +289,23 @@ class Run:
         self.emit("step_completed", key, timer.stop()["durationMs"])
         return self._decode(key, fn, text)
 
-    def sleep(self, key: str, duration: timedelta) -> None:
+    def sleep(self, key: str, duration: timedelta) -> Any:
         """Go on if the time of ``key`` has come, else suspend the run."""
-        if self._ask(key) is not None:
-            return
+        recorded = self._ask(key)
+        if recorded is not None:
+            return self._replay(key, _nothing, recorded)
         timer = self._start(key)
         now = datetime.now(timezone.utc) if self.recorder is None else self.recorder.now()
         due = self.waits.get(key) or timestamp(now + duration)
         if due > timestamp(now):
             self._suspend(key, due)
-        self._record_value(key, _nothing, lambda: "null", timer.stop())
+        return self._record_value(key, _nothing, lambda: "null", timer.stop())
 
     def wait(self, key: str) -> Any:
         """Return what was sent for ``key``, else suspend the run."""
         recorded = self._ask(key)
         if recorded is not None:
-            return _json.loads(recorded).get("value")
+            return self._replay(key, _nothing, recorded)
         timer = self._start(key)
         value = None if self.recorder is None else self.recorder.signal(key)
         if value is None:
@@ -327,7 +329,7 @@ class Run:
 
     def steps_json(self) -> str:
         """Return all steps as the text of one JSON object."""
-        return f"{{{','.join(f'{_json.dumps(key)}:{step}' for key, step in self.steps.items())}}}"
+        return _json.join(self.steps)
 
     def emit(
         self,
@@ -358,7 +360,6 @@ class Run:
             self._asked.add(key)
             if key in self._replayable:
                 self._reach(key)
-                self.emit("step_replayed", key)
                 return self.steps[key]
             self._wait_until_all_reached(key)
             if not self._live and self.recorder is not None:
@@ -434,9 +435,10 @@ class Run:
         def enter() -> str:
             step = {"ok": False, **_failure.to_json(error)}
             with self._changed:
-                self._failures[key] = error
                 step["meta"] = {**step["meta"], **self._meta(timing)}
-                return self._add(key, _json.dumps(step))
+                text = self._add(key, _json.dumps(step))
+                self._failures[key] = error
+                return text
 
         try:
             self._record(key, enter)
@@ -477,6 +479,7 @@ class Run:
             raise self._interrupt(error) from error
 
     def _replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
+        self.emit("step_replayed", key)
         step = _json.loads(recorded)
         if step["ok"]:
             return self._decode(key, fn, _json.dumps(step.get("value")))

@@ -31,6 +31,7 @@ class SnapshotInfo:
 
 
 Infos = list[SnapshotInfo]  # inside the store, ``list`` is a method
+Rows = list[tuple[Any, ...]]
 
 
 @frozen
@@ -86,7 +87,7 @@ class SnapshotStore:
             return
         if lease.params["id"] != params["id"]:
             raise ValueError(f"the lease is on {lease.id!r}, not on {id!r}")
-        if not self._db.count(self._sql.write, {**params, **lease.params}, conn):
+        if not self._db.count(self._sql.fold, {**params, **lease.params}, conn):
             raise LeaseLost(id)
 
     def load(self, id: str, *, conn: Connection | None = None) -> WorkflowSnapshot | None:
@@ -175,13 +176,13 @@ class SnapshotStore:
         params = {**self._range(""), "status": check_status(status), "age": age}
         if dry_run:
             params["limit"] = None
-            done = len(self._db.rows(filtered(self._sql.prunable, params), params))
+            done = len(self._listed(self._sql.prunable, params))
             if on_progress is not None:
                 on_progress(done)
             return done
         done = 0
         params["limit"] = batch_size
-        while found := self._db.rows(filtered(self._sql.prunable, params), params):
+        while found := self._listed(self._sql.prunable, params):
             done += self._delete_batch([row[0] for row in found], age)
             if on_progress is not None:
                 on_progress(done)
@@ -193,7 +194,7 @@ class SnapshotStore:
     def stats(self) -> StoreStats:
         """Count what is stored."""
         params = {**self._range(""), "tables": list(self._sql.regclasses.values())}
-        rows = self._db.rows(filtered(self._sql.stats, params), params)
+        rows = self._listed(self._sql.stats, params)
         numbers = {what: count for what, _, count in rows}
         by_status = {status: count for what, status, count in rows if what == "status"}
         completed = numbers["total"] - sum(by_status.values())
@@ -293,9 +294,13 @@ class SnapshotStore:
         return {"low": low, "high": high}
 
     def _infos(self, statement: bytes, params: Mapping[str, Any]) -> Infos:
-        rows = self._db.rows(filtered(statement, params), params)
+        rows = self._listed(statement, params)
         skip = len(self.prefix)
         return [SnapshotInfo(id[skip:], status, moment(time)) for id, status, time in rows]
+
+    def _listed(self, statement: bytes, params: Mapping[str, Any]) -> Rows:
+        # Never prepared: which index is best depends on the prefix at hand.
+        return self._db.rows(filtered(statement, params), params, prepare=False)
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
         def work(conn: Connection) -> int:
