@@ -32,6 +32,7 @@ Row = tuple[Any, ...]
 
 CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
 _PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
+_DDL_PATIENCE = "5s"  # to wait for others who make the tables
 
 # SQLSTATE classes and codes of what passes by itself: connection lost, transaction rolled back
 # (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
@@ -180,8 +181,9 @@ class Database:
                 self._tables_seen = True
             yield conn
         finally:
-            if not autocommit and not conn.closed:
-                conn.autocommit = False
+            if not autocommit:
+                with suppress(psycopg.Error):  # broken, or interrupted in the middle
+                    conn.autocommit = False
             pool.putconn(conn)
 
     def create_tables(self) -> None:
@@ -217,14 +219,7 @@ class Database:
 
     def _make_pool(self) -> ConnectionPool[Any]:
         conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
-        try:
-            known = conninfo_to_dict(conninfo or "")
-        except psycopg.Error:
-            # libpq's message repeats the URL, and with it the password.
-            raise StoreError(
-                "the connection string is malformed; expected "
-                "'postgresql://user:password@host:port/dbname' or 'host=... dbname=...'"
-            ) from None
+        known = _parse(conninfo or "")
         defaults = {"connect_timeout": CONNECT_TIMEOUT, "client_encoding": "utf8"}
         defaults["fallback_application_name"] = "awaitly_postgres"
         kwargs = {k: v for k, v in defaults.items() if k not in known}
@@ -250,8 +245,8 @@ class Database:
 
     def _recover(self, error: Exception) -> bool:
         """Tell whether trying again makes sense, having cleared away what is broken."""
-        if isinstance(error, pg.UndefinedTable) and self._tables_seen and self._auto_create:
-            self._tables_seen = False  # somebody dropped them: look again, once
+        if isinstance(error, pg.UndefinedTable) and self._auto_create:
+            self._tables_seen = False  # somebody dropped them: look again, as other threads may too
             return True
         if isinstance(error, PoolTimeout) and not self._has_worked:
             self._connect_once()
@@ -270,6 +265,7 @@ class Database:
         pool = self._given or self._pool
         if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
             return
+        _parse(pool.conninfo)
         kwargs = {"connect_timeout": CONNECT_TIMEOUT, **(pool.kwargs or {})}
         try:
             psycopg.connect(pool.conninfo, **kwargs).close()
@@ -344,9 +340,7 @@ class Database:
         """Make these tables. Bare IF NOT EXISTS races in the system catalogs, hence the lock."""
         try:
             with conn.transaction():
-                fetch(
-                    conn, self.sql.serialize_ddl, {"name": ",".join(self.sql.regclasses.values())}
-                )
+                self._serialize_ddl(conn)
                 for name in names:
                     if name or not fetch(conn, self.sql.schema_exists, {}):
                         for statement in self.sql.ddl[name].split(";\n"):
@@ -359,6 +353,17 @@ class Database:
                 f"the tables are missing and cannot be made here ({error.diag.message_primary}).",
                 self.ddl(),
             ) from error
+
+    def _serialize_ddl(self, conn: Connection) -> None:
+        """Wait for others who make the tables, but not for ever.
+
+        One of them may be a transaction of the caller's that is open until this very call returns.
+        """
+        ((before,),) = fetch(conn, b"SELECT current_setting('lock_timeout')", {})
+        set_timeout = b"SELECT set_config('lock_timeout', %(value)s, true)"
+        fetch(conn, set_timeout, {"value": _DDL_PATIENCE})
+        fetch(conn, self.sql.serialize_ddl, {"name": ",".join(self.sql.regclasses.values())})
+        fetch(conn, set_timeout, {"value": before})
 
 
 @define
@@ -379,6 +384,26 @@ class _Backoff:
         time.sleep(self._delay * random.uniform(0.5, 1.0))  # noqa: S311 - jitter, no secret
         self._delay = min(max(0.05, self._delay * 2), 1.0)
         return True
+
+
+def _parse(conninfo: str) -> dict[str, Any]:
+    """Take a connection string apart; no error repeats it, and with it the password."""
+    try:
+        known = conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        known = None
+    # Left unescaped, an @ or / of the password makes its rest pass for the host or the port.
+    if (
+        known is None
+        or any(host.find("@") > 0 for host in str(known.get("host", "")).split(","))
+        or not set(str(known.get("port", ""))) <= set("0123456789,")
+    ):
+        raise StoreError(
+            "the connection string is malformed; expected "
+            "'postgresql://user:password@host:port/dbname', special characters of the password "
+            "percent-encoded, or 'host=... dbname=...'"
+        )
+    return known
 
 
 def _is_transient(error: Exception) -> bool:
@@ -415,7 +440,8 @@ _left_to_the_parent: list[object] = []  # referenced for ever: closing them woul
 
 def _close_pool(pool: ConnectionPool[Any], pid: int) -> None:
     if os.getpid() == pid:
-        pool.close(timeout=1.0)  # an attempt to connect may hang; exit must not
+        # An attempt to connect may hang; exit must not. The time is for each of three workers.
+        pool.close(timeout=0.5)
 
 
 def _after_fork_in_child() -> None:

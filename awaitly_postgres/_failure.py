@@ -7,12 +7,13 @@ unpickles nothing and runs no ``__init__``: what a stranger wrote into the table
 
 from __future__ import annotations
 
+import builtins
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import MemberDescriptorType
+from types import MemberDescriptorType, ModuleType
 from typing import Any
 
 from . import _json
@@ -29,8 +30,9 @@ def to_json(error: BaseException) -> dict[str, Any]:
     """Return the fields of a failed step: ``error``, ``cause`` and ``meta``."""
     kind = type(error)
     exception: dict[str, Any] = {"type": f"{kind.__module__}:{kind.__qualname__}"}
-    args = list(error.args)
-    exception["args"] = args if _fits(args) else [_clean(str(error))]
+    # What OSError was made of is more than its args: the file names.
+    args = list(OSError.__reduce__(error)[1] if isinstance(error, OSError) else error.args)
+    exception["args"] = args if _fits(args) else [_message(error)]
     exception["state"] = {name: value for name, value in _state(error) if _fits({name: value})}
     return {
         "error": kind.__name__,
@@ -74,12 +76,12 @@ def _state(error: BaseException) -> Iterator[tuple[str, Any]]:
 
 def _slots(kind: type) -> dict[str, Any]:
     """Return what a class made by attrs or dataclasses keeps its attributes in."""
-    own = [vars(base) for base in reversed(kind.__mro__) if base.__module__ != "builtins"]
+    own = [_class_members(base) for base in _mro(kind)[::-1] if id(base) not in _BUILTINS]
     return {
         name: member
         for members in own
         for name, member in members.items()
-        if isinstance(member, MemberDescriptorType)
+        if type(member) is MemberDescriptorType
     }
 
 
@@ -98,12 +100,19 @@ def _cause(error: BaseException, depth: int = 0) -> dict[str, Any]:
     cause: dict[str, Any] = {
         "type": "error",
         "name": type(error).__name__,
-        "message": _clean(str(error)),
+        "message": _message(error),
         "stack": _clean(stack[-_MAX_STACK:]),
     }
     if error.__cause__ is not None and depth < 10:
         cause["cause"] = _cause(error.__cause__, depth + 1)
     return cause
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return _clean(str(error))
+    except Exception:
+        return "<it cannot be printed>"
 
 
 def _clean(text: str) -> str:
@@ -115,21 +124,30 @@ def _rebuild(exception: Mapping[str, Any]) -> Exception | None:
     args, state = exception.get("args"), exception.get("state")
     if kind is None or not isinstance(args, list):
         return None
-    # The nearest built-in's __new__: the only one that runs none of the class's own code.
-    builtin = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    # The nearest built-in's __new__ and __init__: they run none of the class's own code.
+    builtin: Any = next(base for base in _mro(kind) if id(base) in _BUILTINS)
     try:
         error: Exception = builtin.__new__(kind, *args)
-        error.args = tuple(args)
+        with suppress(TypeError):  # UnicodeError wants bytes, which are not JSON
+            builtin.__init__(error, *args)
         slots = _slots(kind)
         for name, value in state.items() if isinstance(state, Mapping) else ():
             if name in slots:
                 slots[name].__set__(error, value)
             else:
-                vars(error)[name] = value
+                _attributes(error)[name] = value
         str(error)
     except Exception:
         return None
     return error
+
+
+# Straight to the C level: an attribute of a lazy module may import, one of a lazy object may call.
+_module_members = vars(ModuleType)["__dict__"].__get__
+_class_members = vars(type)["__dict__"].__get__
+_mro = vars(type)["__mro__"].__get__
+_attributes = vars(BaseException)["__dict__"].__get__
+_BUILTINS = {id(kind) for kind in vars(builtins).values() if isinstance(kind, type)}
 
 
 def _loaded_class(name: object) -> type[Exception] | None:
@@ -139,6 +157,11 @@ def _loaded_class(name: object) -> type[Exception] | None:
     module, _, path = name.partition(":")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
-        # Not getattr: a module's __getattr__ may import.
-        found = vars(found).get(part) if hasattr(found, "__dict__") else None
-    return found if isinstance(found, type) and issubclass(found, Exception) else None
+        kind = type(found)
+        if issubclass(kind, ModuleType):
+            found = _module_members(found).get(part)
+        elif issubclass(kind, type):
+            found = _class_members(found).get(part)
+        else:
+            return None
+    return found if issubclass(type(found), type) and issubclass(found, Exception) else None

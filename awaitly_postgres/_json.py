@@ -20,10 +20,11 @@ VALUE_DEPTH = 240  # of a value, which is stored some levels down in a document
 MAX_BYTES = 268_435_455  # JENTRY_OFFLENMASK in PostgreSQL's utils/jsonb.h
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-_decode_in_order = json.JSONDecoder(object_pairs_hook=lambda pairs: _jsonb_order(pairs)).decode
+_decoder_in_order = json.JSONDecoder(object_pairs_hook=lambda pairs: _jsonb_order(pairs))
 _STR, _SEQUENCES = {str}, {list, tuple}
 _SCALARS = {str, int, float, bool, type(None)}
 quote = json.encoder.encode_basestring  # a string without NUL and lone surrogates, as JSON
+encode_own = _encoder.encode  # what this package itself has made of strings and small numbers
 # Text that may stand for a float which JSONB would alter, or for a NUL.
 _suspect = re.compile(r"e\+|-0\.0(?!\d)|\\u0000").search
 
@@ -73,7 +74,7 @@ def loads(text: str | bytes) -> Any:
 
 def as_stored(text: str) -> Any:
     """Decode ``text`` to the value that a round trip through JSONB gives, in its order of keys."""
-    return _decode_in_order(text)
+    return _decoder_in_order.raw_decode(text)[0]
 
 
 def _jsonb_order(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -81,12 +81,14 @@ class Session:
     attempts: int = 0
     _key: str = field(init=False)
     _run: Run = field(init=False)
+    _token: str = field(init=False, factory=leases.new_token)
     _lease: Lease | None = None
     _stored: WorkflowSnapshot | None = None
     _begun: bool = False
     _written: int = 0  # characters of the snapshot when it was last rewritten
     _appended: int = 0  # characters put into the journal since
     _journal_is_empty: bool = False
+    _in_doubt: str | None = None  # the step of a transaction whose outcome is not known
     _turn: threading.Lock = field(factory=threading.Lock)
 
     def __attrs_post_init__(self) -> None:
@@ -118,7 +120,7 @@ class Session:
         if not self._begun:
             if self._lease is None:
                 ttl = self.policy.lock_ttl
-                self._lease = leases.acquire(self._db, self.id, self._key, ttl)
+                self._lease = leases.acquire(self._db, self.id, self._key, ttl, self._token)
             try:
                 finished = self._take_up(unless_touched_since)
             except BaseException:
@@ -134,7 +136,7 @@ class Session:
 
         Otherwise return what is stored, and nothing has changed.
         """
-        token, ttl, document = leases.new_token(), self.policy.lock_ttl, self._document("running")
+        token, ttl, document = self._token, self.policy.lock_ttl, self._document("running")
         params = {"id": self._key, "token": token, "ttl": ttl, "snapshot": document}
         ((text, journal, until, created),) = self._db.rows(self._sql.begin, params, prepare=True)
         if until is not None:
@@ -212,6 +214,8 @@ class Session:
 
     def _execute(self) -> Any:
         run, lease, codec = self._run, self._held, self.policy.codec
+        end: EventType = "run_stopped"
+        failure: BaseException | None = None
         leases.keep_renewed(lease)
         try:
             try:
@@ -220,15 +224,18 @@ class Session:
                 result = run.run(self.entry.fn, args, kwargs)
                 output = encode(codec, result, f"the output of workflow {self.entry.name!r}")
             except BaseException as error:
-                run.emit(self._end(error), error=error)
+                end = self._end(error)
                 raise
             self._finish(self._document("completed", output=output))
-        except LeaseLost as error:
-            self._raise_if_cancelled(error)
+            end = "run_completed"
+        except BaseException as error:
+            failure = error
+            if isinstance(error, LeaseLost):
+                self._raise_if_cancelled(error)
             raise
         finally:
             leases.stop_renewing(lease)
-        run.emit("run_completed")
+            run.emit(end, error=failure)
         return self._decode_output(_json.as_stored(output))
 
     def _end(self, error: BaseException) -> EventType:
@@ -290,7 +297,7 @@ class Session:
                 self._db.transact(body, last, self.policy.transaction)
             except BaseException as error:
                 # What was lost may be only the reply to the commit.
-                if isinstance(error, StoreUnavailable) and step and self._has(key, step):
+                if isinstance(error, StoreUnavailable) and step and self._has_committed(key, step):
                     return
                 if step is not None:
                     self._written, self._appended, self._journal_is_empty = before
@@ -315,6 +322,11 @@ class Session:
         that, rewriting it each time would be quadratic: steps are appended to the journal until
         they amount to as much again.
         """
+        if self._in_doubt is not None:
+            raise StoreUnavailable(
+                f"the connection was lost while step {self._in_doubt!r} was being committed, and "
+                "whether it was is not known yet. Resume the run."
+            )
         grown = self._appended + len(key) + len(step)
         small = self._written + grown <= SMALL
         due = grown >= max(SMALL, self._written)
@@ -334,8 +346,12 @@ class Session:
         self._written, self._appended, self._journal_is_empty = len(document), 0, True
         return done
 
-    def _has(self, key: str, step: str) -> bool:
+    def _has_committed(self, key: str, step: str) -> bool:
+        """Tell how a transaction has ended; until that is known, no thread writes without it."""
+        self._in_doubt = key
+        self._held.renew()  # its row is locked for as long as the commit is under way
         stored = self.store.load(self.id)
+        self._in_doubt = None
         steps = {} if stored is None else stored.steps
         return key in steps and bool(steps[key].to_json() == _json.loads(step))
 
@@ -420,7 +436,7 @@ class Session:
         members = {
             "formatVersion": "1",
             "steps": self._run.steps_json(),
-            "execution": _json.dumps(execution),
+            "execution": _json.encode_own(execution),
             "metadata": _json.join_to(metadata, texts),
         }
         if self._stored is not None:

@@ -7,15 +7,16 @@ one, and ends with one that stores the output, folds the journal and gives the l
 
 from __future__ import annotations
 
+import random
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from attrs import define, field, frozen
 
 from . import _json
-from ._db import Connection
+from ._db import Connection, execute
 from ._session import (
     Entry,
     OnVersionMismatch,
@@ -30,20 +31,26 @@ from .codec import Codec, encode
 from .errors import (
     AlreadyRunning,
     LeaseLost,
+    SnapshotFormatError,
     StoreUnavailable,
+    VersionMismatch,
     WorkflowCancelled,
+    WorkflowDrift,
     WorkflowNotFound,
     WorkflowSuspended,
 )
 from .lease import DEFAULT_TTL, check_ttl
 from .snapshot import timestamp
 from .step import OnDrift, OnEvent, Step
-from .store import Infos, SnapshotStore, check_limit
+from .store import Infos, SnapshotInfo, SnapshotStore, check_limit
 from .workflow import check_on_drift, name_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+
+_PAGE = 100
+_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # nothing has run
 
 
 @frozen
@@ -226,12 +233,14 @@ class Durable:
     ) -> list[Outcome]:
         """Finish what is unfinished and due: crashed, failed, submitted. For cron.
 
-        Takes the registered workflows only, the longest untouched first, and those that nobody
-        holds the lease of. After a failure a run pauses for 1 s, 2 s, 4 s ... 1 h.
+        Takes the registered workflows only, and those that nobody holds the lease of: the longest
+        untouched first, in a random order where other workers are at it too. After a failure a run
+        pauses for 1 s, 2 s, 4 s ... 1 h.
 
         Args:
             prefix: only ids that start with exactly this.
-            limit: at most so many.
+            limit: run at most so many. What another process has, and what is refused because the
+                code has changed, does not count: it must not block the rest for ever.
             on_progress: called with each `Outcome` as it comes.
 
         Returns:
@@ -240,12 +249,21 @@ class Durable:
         Raises:
             StoreUnavailable: the database went away.
         """
-        outcomes = []
-        for info in self._pending(prefix, limit, list(self._workflows)):
+        check_limit(limit)
+        names = list(self._workflows)
+        queue = _Queue(lambda behind: self._pending(prefix, _PAGE, names, behind))
+        outcomes: list[Outcome] = []
+        ran = 0
+        for info in queue:
             outcome = self._attempt(info.id, info.updated_at)
             outcomes.append(outcome)
             if on_progress is not None:
                 on_progress(outcome)
+            if outcome.status == "skipped":
+                queue.somebody_was_faster()
+            ran += outcome.status != "skipped" and not isinstance(outcome.error, _REFUSALS)
+            if ran == limit:
+                break
         return outcomes
 
     # -- state -----------------------------------------------------------------------------
@@ -301,7 +319,14 @@ class Durable:
             "execution": _json.dumps(ended),
             "metadata": _json.dumps({"cancelledAt": now}),
         }
-        return bool(self.store._db.count(self.store._sql.cancel, params))
+        sql = self.store._sql
+
+        def work(conn: Connection) -> bool:
+            with conn.transaction():
+                execute(conn, sql.seize, params)
+                return bool(execute(conn, sql.cancel, params))
+
+        return self.store._db.run(work)
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -339,9 +364,17 @@ class Durable:
             raise WorkflowNotFound(id, name)
         return self._session(id, entry, _json.dumps(input))
 
-    def _pending(self, prefix: str, limit: int, workflows: list[str] | None) -> Infos:
+    def _pending(
+        self,
+        prefix: str,
+        limit: int,
+        workflows: list[str] | None,
+        behind: SnapshotInfo | None = None,
+    ) -> Infos:
         params = {
-            **self.store._range(prefix),
+            **{f"unfinished_{end}": id for end, id in self.store._range(prefix).items()},
+            "behind_time": behind and behind.updated_at.isoformat(),
+            "behind_id": behind and self.store.key(behind.id),
             "limit": check_limit(limit),
             "max_attempts": self.max_attempts,
             "workflows": workflows,
@@ -364,6 +397,42 @@ class Durable:
             return Outcome(id, "suspended", None, error, run.attempts if run else 0)
         except Exception as error:
             return Outcome(id, "failed", None, error, run.attempts if run else 0)
+
+
+@define
+class _Queue:
+    """What is pending, in turn, each once.
+
+    Alone, a worker takes a listing as it comes. When another was faster, they are both working
+    through the same one: then it takes fewer of each listing before it looks again, at random.
+    """
+
+    _look: Callable[[SnapshotInfo | None], Infos]  # a page of those behind an entry
+    _seen: set[str] = field(factory=set)
+    _behind: SnapshotInfo | None = None
+    _trust: int = _PAGE  # how many of a listing to take before looking again
+    _was_late: bool = False
+
+    def __iter__(self) -> Iterator[SnapshotInfo]:
+        while listing := self._look(self._behind):
+            unseen = [info for info in listing if info.id not in self._seen]
+            if not unseen:
+                self._behind = listing[-1]
+            if self._trust < _PAGE:
+                random.shuffle(unseen)
+            for info in unseen[: self._trust]:
+                self._seen.add(info.id)
+                yield info
+                if self._was_late:
+                    break
+            self._trust = (
+                max(1, self._trust // 2) if self._was_late else min(_PAGE, self._trust * 2)
+            )
+            self._was_late = False
+
+    def somebody_was_faster(self) -> None:
+        """Tell that the last one had been taken."""
+        self._was_late = True
 
 
 def _place(fn: Callable[..., Any]) -> str:

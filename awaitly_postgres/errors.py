@@ -111,7 +111,7 @@ class AlreadyRunning(WorkflowError):
         until = f" until {self.expires_at:%Y-%m-%d %H:%M:%S%z}" if self.expires_at else ""
         return (
             f"workflow {self.id!r} is running elsewhere: its lease is held by "
-            f"{self.holder or 'another process'}{until} unless renewed. Try again later."
+            f"{(self.holder or 'another process')[:200]}{until} unless renewed. Try again later."
         )
 
 

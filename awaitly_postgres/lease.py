@@ -8,7 +8,6 @@ names its token in the same statement, so a holder that has slept past the end c
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import threading
 import time
@@ -70,7 +69,7 @@ class Lease:
 
 def new_token() -> str:
     """Make a token that no other acquisition has: ``host:pid:random``."""
-    return f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(8)}"
+    return f"{socket.gethostname()}:{os.getpid()}:{os.urandom(8).hex()}"
 
 
 def check_ttl(ttl: float) -> float:
@@ -88,9 +87,12 @@ def moment(text: str | None) -> datetime:
         return datetime.fromisoformat("9999-12-31T23:59:59+00:00")
 
 
-def acquire(db: Database, id: str, key: str, ttl: float) -> Lease:
-    """Take the lease on ``key``, called ``id`` by its user, or raise `AlreadyRunning`."""
-    token = new_token()
+def acquire(db: Database, id: str, key: str, ttl: float, token: str | None = None) -> Lease:
+    """Take the lease on ``key``, called ``id`` by its user, or raise `AlreadyRunning`.
+
+    ``token`` is that of a first try of which the reply may have been lost.
+    """
+    token = token or new_token()
     ttl = check_ttl(ttl)
     params = {"id": key, "token": token, "ttl": ttl}
 
@@ -128,10 +130,11 @@ class _Renewer:
         with self._changed:
             due = self._due[lease] = time.monotonic() + lease.ttl / 3
             if self._thread is None:
-                self._thread = threading.Thread(
+                thread = threading.Thread(
                     target=self._work, name="awaitly-lease-renewal", daemon=True
                 )
-                self._thread.start()
+                thread.start()  # may fail; the next lease then tries again
+                self._thread = thread
             elif due < self._wakes_at:
                 self._changed.notify()
 
@@ -164,9 +167,12 @@ class _Renewer:
                     self._thread = None
                     return None
                 now = time.monotonic()
-                self._wakes_at = now + _LINGER if lease is None else self._due[lease]
-                if lease is not None and self._wakes_at <= now:
-                    return lease
+                # At most so long, for nobody tells when the last one goes.
+                self._wakes_at = now + _LINGER
+                if lease is not None:
+                    self._wakes_at = min(self._due[lease], self._wakes_at)
+                    if self._wakes_at <= now:
+                        return lease
                 idle = lease is None
                 del lease  # so that one which nobody holds any more goes away meanwhile
                 self._changed.wait(self._wakes_at - now)

@@ -217,7 +217,11 @@ class Run:
         self._in_order = in_order[::-1]  # the next one is the last
         waits = (snapshot.metadata or {}).get("waits")
         if isinstance(waits, Mapping):
-            self.waits = {key: due for key, due in waits.items() if key not in recorded}
+            self.waits = {
+                key: due
+                for key, due in waits.items()
+                if key not in recorded and (due is None or isinstance(due, str))
+            }
 
     def run(self, fn: Callable[Concatenate[Step, ...], T], args: Any, kwargs: Any) -> T:
         """Call ``fn`` with a `Step`, and see that it asks for all that is recorded."""
@@ -454,7 +458,7 @@ class Run:
 
     def _enter(self, key: str, value: str, timing: _Timing) -> str:
         with self._changed:
-            meta = _json.dumps(self._meta(timing))
+            meta = _json.encode_own(self._meta(timing))
             return self._add(key, f'{{"ok":true,"value":{value},"meta":{meta}}}')
 
     def _add(self, key: str, step: str) -> str:
@@ -519,12 +523,22 @@ def _to_be_retried(
     """Tell which recorded failures the next run tries again: those that ended the last one.
 
     A run that ended said so itself, in ``meta.ended``. After a crash it is the failure that nothing
-    was recorded after: if the workflow had caught it, it had not yet got anywhere. Node's rows have
-    neither mark; there it is the last step, or without that every failure.
+    was recorded after: if the workflow had caught it, it had not yet got anywhere, such as to a
+    wait. Either is final if the workflow's own thread has recorded a step since, to clean up: that
+    one could not be asked for again. Node's rows have neither mark; there it is the last step, or
+    without that every failure.
     """
     failed = {key for key, step in recorded.items() if not step["ok"]}
     if not any(seqs.values()):
         last = (snapshot.metadata or {}).get("lastStepKey", snapshot.execution.current_step_id)
-        return failed if last is None else failed & {last}
-    crashed_after = max(seqs.values()) if snapshot.execution.status == "running" else None
-    return {key for key in failed if metas[key].get("ended") or seqs[key] == crashed_after}
+        return {key for key in failed if last is None or key == last}
+    waits = (snapshot.metadata or {}).get("waits")
+    crashed = snapshot.execution.status == "running" and not waits
+    newest = max(seqs.values())
+    own_newest = max((s for key, s in seqs.items() if not metas[key].get("parallel")), default=0)
+    return {
+        key
+        for key in failed
+        if (metas[key].get("ended") and (metas[key].get("parallel") or seqs[key] == own_newest))
+        or (crashed and seqs[key] == newest)
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -250,11 +251,13 @@ class SnapshotStore:
                     raise
                 time.sleep(min(left, 0.1))
         lease.keep_renewed(held)
+        holder = os.getpid()
         try:
             yield held
         finally:
             lease.stop_renewing(held)
-            held.release()
+            if os.getpid() == holder:  # a child forked inside the block leaves it as well
+                held.release()
 
     def close(self) -> None:
         """Close the pool, unless it is the caller's. The store cannot be used afterwards."""

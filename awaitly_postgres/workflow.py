@@ -139,6 +139,7 @@ class Workflow(Generic[P, T]):
             document["warnings"] = base.warnings
         if status != "running":
             document["execution"]["completedAt"] = now
+        document["metadata"].pop("waits", None)
         if run.waits:
             document["metadata"]["waits"] = run.waits
         if run.last_key is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
-from itertools import islice
 from typing import Any
 
 from attrs import frozen
@@ -12,6 +11,7 @@ from attrs import frozen
 from .. import _json
 from ..lease import moment
 from ..store import SnapshotStore
+from ._text import span
 
 _PAGE = 500
 _FAR = timedelta(days=365 * 1000)
@@ -42,21 +42,25 @@ class Row:
         return name if isinstance(name, str) else None
 
     @property
-    def next(self) -> tuple[str, float | str | None] | None:
-        """What comes next: ``("due", None)``, ``("in", seconds)``, ``("waits for", key)``."""
-        waits = self.metadata.get("waits")
-        waits = waits if isinstance(waits, Mapping) else {}
-        signals = self.metadata.get("signals") or ()
-        if "cancelledAt" in self.metadata:
-            return ("cancelled", None)
+    def is_cancelled(self) -> bool:
+        """Whether it was ended for good from outside."""
+        return "cancelledAt" in self.metadata
+
+    @property
+    def next(self) -> str:
+        """When it is to be resumed; empty if never, or not before its holder is done."""
+        if self.is_cancelled:
+            return "cancelled"
         if self.status == "completed" or self.holder is not None or self.workflow is None:
-            return None
+            return ""
+        waits, signals = (self.metadata.get(name) or {} for name in ("waits", "signals"))
         wake_at = read_time(self.metadata.get("wakeAt"))
         if wake_at is None or wake_at <= self.now or any(key in signals for key in waits):
-            return ("due", None)
+            return "due"
         if wake_at - self.now > _FAR:
-            return ("waits for", ", ".join(waits))
-        return ("in", (wake_at - self.now).total_seconds())
+            return f"waits for {', '.join(waits)}"
+        verb = "retry" if self.status == "failed" else "wakes"
+        return f"{verb} in {span((wake_at - self.now).total_seconds())}"
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``--json`` prints."""
@@ -68,7 +72,7 @@ class Row:
             "steps": self.steps,
             "workflow": self.workflow,
             "attempts": self.metadata.get("attempts"),
-            "cancelled": "cancelledAt" in self.metadata,
+            "cancelled": self.is_cancelled,
             "wake_at": self.metadata.get("wakeAt"),
             "lease": self.holder and {"holder": self.holder, "expires_at": until},
         }
@@ -100,9 +104,13 @@ def walk(
     store: SnapshotStore, prefix: str = "", status: str | None = None, limit: int = 100
 ) -> Iterator[Row]:
     """List workflows, newest first."""
-    infos = islice(store.iter(prefix, status=status), limit)
-    while page := [info.id for info in islice(infos, min(_PAGE, limit))]:
-        yield from find(store, page)
+    last = None
+    while limit > 0 and (
+        page := store.list(prefix, status=status, limit=min(limit, _PAGE), after=last)
+    ):
+        yield from find(store, [info.id for info in page])
+        last = page[-1]
+        limit -= len(page)
 
 
 def read_time(text: object) -> datetime | None:

@@ -1,0 +1,169 @@
+"""Finishing pending work: from cron, by hand, or as a worker that goes on until it is stopped."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import click
+from attrs import define, field
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ..durable import Durable, Outcome
+from ..errors import (
+    AlreadyRunning,
+    LeaseLost,
+    StoreUnavailable,
+    WorkflowCancelled,
+    WorkflowSuspended,
+)
+from ._text import Line, out, printable, span, write
+
+
+class Stopped(BaseException):
+    """A signal came, and the workflow that was at work then has ended."""
+
+
+def import_durable(target: str) -> Durable:
+    """Import ``package.module:name``, the current directory first; say what is wrong with it."""
+    module_name, _, path = target.partition(":")
+    if not module_name or not path:
+        raise click.BadParameter(f"{target!r} is not of the form package.module:durable")
+    sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        where = [f for f in traceback.extract_tb(error.__traceback__) if f.filename[0] != "<"][2:]
+        at = f" ({where[-1].filename}:{where[-1].lineno})" if where else ""
+        raise click.BadParameter(
+            f"importing {module_name!r} failed: {type(error).__name__}: {error}{at}"
+        ) from None
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise click.BadParameter(f"{module_name!r} has no {path!r}")
+        found = getattr(found, name)
+    if not isinstance(found, Durable):
+        raise click.BadParameter(f"{target!r} is not a Durable but a {type(found).__name__}")
+    return found
+
+
+@define
+class Worker:
+    """Resumes workflows and reports each; stops between two when a signal comes."""
+
+    durable: Durable
+    counts: Counter[str] = field(factory=Counter)
+    stopped_by: int = 0
+    _asleep: bool = False
+
+    def once(self, ids: Sequence[str], prefix: str, limit: int) -> None:
+        """Resume these ids, or all that is pending; with a bar if somebody is looking."""
+        durable = self.durable
+        if not out.is_terminal:
+            self._pass(ids, prefix, limit, _print)
+            return
+        total = len(ids or durable._pending(prefix, limit, list(durable._workflows)))
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(TextColumn("resuming"), *columns, console=out, transient=True) as progress:
+            task = progress.add_task("", total=total)
+
+            def report(outcome: Outcome, line: Line) -> None:
+                progress.advance(task)
+                if outcome.status != "completed":
+                    write([line])
+
+            self._pass(ids, prefix, limit, report)
+        told = ", ".join(f"{count} {status}" for status, count in sorted(self.counts.items()))
+        out.print(told or "nothing is pending")
+
+    def loop(self, prefix: str, limit: int, pause: float) -> None:
+        """Resume what is pending, again and again, through outages of the database."""
+        while True:
+            try:
+                self._pass((), prefix, limit, _print)
+            except StoreUnavailable as error:
+                click.echo(printable(f"{error}; trying again in {pause:g} s"), err=True)
+            self._sleep(pause)
+
+    def _pass(
+        self, ids: Sequence[str], prefix: str, limit: int, show: Callable[[Outcome, Line], None]
+    ) -> None:
+        started = time.monotonic()
+
+        def report(outcome: Outcome) -> None:
+            nonlocal started
+            now = time.monotonic()
+            self.counts[outcome.status] += 1
+            show(outcome, _line(outcome, now - started))
+            started = now
+            if self.stopped_by:
+                raise Stopped
+
+        if not ids:
+            self.durable.resume_pending(prefix=prefix, limit=limit, on_progress=report)
+        for id in ids:
+            report(_resume(self.durable, id))
+
+    def _sleep(self, seconds: float) -> None:
+        with suppress(KeyboardInterrupt):
+            self._asleep = True
+            if not self.stopped_by:
+                time.sleep(seconds)
+            self._asleep = False
+        if self.stopped_by:
+            raise Stopped
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM stop the worker after the current workflow; twice, at once."""
+
+        def stop(signum: int, frame: object) -> None:
+            at_once = self._asleep or self.stopped_by
+            self.stopped_by = signum
+            if at_once:
+                raise KeyboardInterrupt
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"stopping after the current workflow; once more to stop now\n")
+
+        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+
+def _resume(durable: Durable, id: str) -> Outcome:
+    try:
+        return Outcome(id, "completed", durable.resume(id))
+    except StoreUnavailable:
+        raise
+    except WorkflowSuspended as error:
+        return Outcome(id, "suspended", error=error)
+    except (AlreadyRunning, LeaseLost, WorkflowCancelled) as error:
+        return Outcome(id, "skipped", error=error)
+    except Exception as error:
+        return Outcome(id, "failed", error=error)
+
+
+def _line(outcome: Outcome, seconds: float) -> Line:
+    line: Line = [(f"{outcome.status:<9}", outcome.status), (f"  {printable(outcome.id)}", "")]
+    line += [(f"  {span(seconds)}", "dim")]
+    error = outcome.error
+    if isinstance(error, WorkflowSuspended):
+        line += [(f"  in step {error.key!r}", "")]
+    elif error is not None:
+        line += [(f"  {printable(f'{type(error).__name__}: {error}')}", "")]
+    return line
+
+
+def _print(outcome: Outcome, line: Line) -> None:
+    write([line])

@@ -1,0 +1,1016 @@
+"""The command line, as its users start it: the installed executable, in pipes and on terminals."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import re
+import secrets
+import select
+import signal
+import struct
+import subprocess
+import sys
+import sysconfig
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowSuspended
+
+EXECUTABLE = str(Path(sysconfig.get_path("scripts"), "awaitly-postgres"))
+NODE_ROWS = json.loads(Path(__file__).with_name("data").joinpath("node-snapshots.json").read_text())
+PATIENCE = 60.0  # seconds until a test gives up on a process
+
+FLOWS = """
+import os
+from awaitly_postgres import Durable, postgres
+
+retry_for = float(os.environ.get("RETRY_FOR", "30"))
+durable = Durable(postgres(os.environ["DATABASE_URL"], retry_for=retry_for))
+not_a_durable = "text"
+
+class CardDeclined(Exception):
+    pass
+
+def decline():
+    raise CardDeclined("no funds") from KeyError("card")
+
+def gate(name):
+    print("at the gate", flush=True)
+    return open(name).read()
+
+@durable.workflow
+def checkout(step, user):
+    if user == "bad":
+        step("charge", decline)
+    return step("charge", str.upper, user)
+
+@durable.workflow
+def gated(step, name):
+    return step("gate", gate, name)
+"""
+
+
+def checkout(step: Step, user: str) -> str:
+    """Stands for the workflow of the same name in FLOWS."""
+    return step("charge", str.upper, user)
+
+
+def gated(step: Step, name: str) -> str:
+    """Stands for the workflow of the same name in FLOWS."""
+    return step("gate", str, name)
+
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def environment(url: str, tmp_path: Path) -> dict[str, str]:
+    """The environment of a user whose database is this test's and who has FLOWS at hand."""
+    (tmp_path / "flows.py").write_text(FLOWS)
+    unwanted = {"NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+    return environment | {"DATABASE_URL": url, "TERM": "xterm-256color", "PYTHONUTF8": "1"}
+
+
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Run the executable in a pipe, in a folder with FLOWS."""
+
+    def run(*arguments: str, **changes: str | None) -> subprocess.CompletedProcess[str]:
+        changed = {**environment, **changes}
+        return subprocess.run(
+            [EXECUTABLE, *arguments],
+            env={name: value for name, value in changed.items() if value is not None},
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=PATIENCE,
+            check=False,
+        )
+
+    return run
+
+
+class Terminal:
+    """The executable on a terminal of its own; ``text`` is all that it has printed."""
+
+    def __init__(
+        self, arguments: tuple[str, ...], environment: dict[str, str], folder: Path, columns: int
+    ) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        self.process = subprocess.Popen(
+            [EXECUTABLE, *arguments],
+            env=environment,
+            cwd=folder,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+        )
+        os.close(slave)
+        self.text = ""
+
+    def read_until(self, wanted: str) -> None:
+        """Read on until ``wanted`` has been printed."""
+        deadline = time.monotonic() + PATIENCE
+        while wanted not in self.text:
+            assert self._read(deadline), f"no {wanted!r} in {self.text!r}"
+
+    def type(self, text: str) -> None:
+        """Press these keys."""
+        os.write(self.master, text.encode())
+
+    def end(self) -> int:
+        """Read to the end and return the exit status."""
+        deadline = time.monotonic() + PATIENCE
+        while self._read(deadline):
+            pass
+        return self.process.wait(PATIENCE)
+
+    def lines(self) -> list[str]:
+        """Return what has been printed, without colours."""
+        return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", self.text).splitlines()
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def _read(self, deadline: float) -> bool:
+        ready, _, _ = select.select([self.master], [], [], max(deadline - time.monotonic(), 0))
+        assert ready, f"it hangs after {self.text!r}"
+        try:
+            chunk = os.read(self.master, 65536)
+        except OSError:  # how Linux tells that the other side is closed
+            return False
+        self.text += chunk.decode("utf-8", "replace")
+        return bool(chunk)
+
+
+@pytest.fixture
+def terminal(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
+    """Start the executable on a terminal, in a folder with FLOWS."""
+    terminals = []
+
+    def start(*arguments: str, columns: int = 80, **changes: str) -> Terminal:
+        terminals.append(Terminal(arguments, {**environment, **changes}, tmp_path, columns))
+        return terminals[-1]
+
+    yield start
+    for terminal in terminals:
+        terminal.close()
+
+
+@pytest.fixture
+def worker(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., Any]]:
+    """Start ``resume flows:durable`` in the background, its output in pipes."""
+    processes = []
+
+    def start(*arguments: str, **changes: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [EXECUTABLE, "resume", "flows:durable", *arguments],
+            env={**environment, **changes},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def snapshot(steps: int = 1, status: str = "completed", **metadata: Any) -> dict[str, Any]:
+    """A snapshot of so many steps (60,000 at most) of 1 ms each, one after another."""
+    return {
+        "formatVersion": 1,
+        "steps": {
+            f"step-{i:05}": {
+                "ok": True,
+                "value": i,
+                "meta": {
+                    "startedAt": f"2026-01-01T00:00:{i // 1000:02}.{i % 1000:03}Z",
+                    "durationMs": 1.0,
+                    "seq": i + 1,
+                },
+            }
+            for i in range(steps)
+        },
+        "execution": {"status": status, "lastUpdated": "2026-01-01T00:00:00.000Z"},
+        "metadata": metadata,
+    }
+
+
+def statuses(db: psycopg.Connection) -> dict[str, str]:
+    """Return the stored statuses by id."""
+    found = db.execute("SELECT id, snapshot->'execution'->>'status' FROM awaitly_snapshots")
+    return dict(found.fetchall())
+
+
+def refused(done: subprocess.CompletedProcess[str], *words: str) -> bool:
+    """Tell whether it says these words on stderr, and nothing else anywhere, and exits with 2."""
+    assert done.returncode == 2, done
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert [word for word in words if word not in done.stderr] == []
+    return True
+
+
+# -- tables --------------------------------------------------------------------------------
+
+
+def test_init_makes_the_tables_and_may_be_repeated(run: Run, db: psycopg.Connection) -> None:
+    """After init, run twice, the three tables are there."""
+    assert [run("init").returncode, run("init").returncode] == [0, 0]
+    tables = ["awaitly_snapshots", "awaitly_snapshots_steps", "awaitly_workflow_lock"]
+    found = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = current_schema()")
+    assert sorted(found.fetchall()) == [(table,) for table in tables]
+
+
+def test_init_sql_makes_tables_that_serve_without_a_database_to_print_it(
+    run: Run, db: psycopg.Connection
+) -> None:
+    """What ``init --sql`` prints is a migration after which everything works."""
+    printed = run("init", "--sql", "--table", "runs", "--lock-table", "locks", DATABASE_URL=None)
+    assert printed.returncode == 0
+    db.execute(printed.stdout)
+    done = run("list", "--table", "runs", "--lock-table", "locks", "--json")
+    assert (done.returncode, done.stdout) == (0, "[]\n")
+
+
+def test_looking_makes_no_tables(run: Run, db: psycopg.Connection) -> None:
+    """A listing without tables says how to make them, and makes none."""
+    assert refused(run("list"), "init", "--table")
+    assert db.execute("SELECT to_regclass('awaitly_snapshots')").fetchone() == (None,)
+
+
+def test_options_find_tables_of_other_names(run: Run, make_store: Any, db: Any) -> None:
+    """--schema, --table, --lock-table and --no-journal reach a store made with the same."""
+    schema = db.execute("SELECT current_schema()").fetchone()[0]
+    other = make_store(schema=schema, table="runs", lock_table="locks", journal=False)
+    other.save("a", snapshot())
+    place = ["--schema", schema, "--table", "runs", "--lock-table", "locks", "--no-journal"]
+    assert json.loads(run("list", "--json", *place).stdout)[0]["id"] == "a"
+    assert json.loads(run(*place, "list", "--json").stdout)[0]["id"] == "a"
+
+
+def test_an_option_wins_over_the_environment(run: Run, store: Any, url: str) -> None:
+    """--url counts, before the command or after it, whatever $DATABASE_URL says."""
+    store.save("a", snapshot())
+    nowhere = "postgresql://127.0.0.1:1/nowhere"
+    for arguments in (["--url", url, "list"], ["list", "--url", url]):
+        done = run(*arguments, DATABASE_URL=nowhere)
+        assert done.stdout.splitlines()[1].startswith("a ")
+
+
+# -- list ----------------------------------------------------------------------------------
+
+
+def test_list_in_a_pipe_has_stable_columns(run: Run, store: SnapshotStore) -> None:
+    """In a pipe there is one line for each, whole, with the same columns and no escapes."""
+    name = "order-" + "x" * 200
+    store.save(name, snapshot(3, workflow="shop"))
+    store.save("b", snapshot(2, "running", workflow="shop"))
+    held = store.try_acquire("b", ttl=600)
+    done = run("list", COLUMNS="40")
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["ID", "STATUS", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW"]
+    holder = held.token.rpartition(":")[0]
+    cells = [re.split(r" {2,}", line) for line in lines]
+    assert [[c[0], c[1], *c[3:]] for c in cells] == [
+        ["b", "running", "2", holder, "-", "shop"],
+        [name, "completed", "3", "-", "-", "shop"],
+    ]
+    assert "\x1b" not in done.stdout
+
+
+def test_list_json_tells_everything(run: Run, store: SnapshotStore) -> None:
+    """--json gives steps, times, and the lease with its holder and end."""
+    store.save("b", snapshot(2, "running", workflow="shop", attempts=3))
+    held = store.try_acquire("b", ttl=600)
+    (row,) = json.loads(run("list", "--json").stdout)
+    assert row.pop("updated_at") == store.list()[0].updated_at.isoformat()
+    assert row == {
+        "id": "b",
+        "status": "running",
+        "steps": 2,
+        "workflow": "shop",
+        "attempts": 3,
+        "cancelled": False,
+        "wake_at": None,
+        "lease": {"holder": held.token, "expires_at": held.expires_at.isoformat()},
+    }
+
+
+def test_steps_are_counted_in_the_snapshot_and_the_journal(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """A step that is only appended so far counts, one that is in both counts once."""
+    store.save("a", snapshot(2, "running"))
+    db.execute(
+        "INSERT INTO awaitly_snapshots_steps VALUES "
+        """('a', 'step-00001', '{"ok": true}'), ('a', 'new', '{"ok": true}')"""
+    )
+    assert json.loads(run("list", "--json").stdout)[0]["steps"] == 3
+
+
+def test_rows_of_node_are_listed_and_shown(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """Rows that Node wrote, those of its newest format too, have their steps counted and shown."""
+    for id, row in NODE_ROWS.items():
+        store.save(id, row)
+    resumable = {"kind": "ResumeState", "steps": [["one", {"ok": True, "value": 1}]]}
+    db.execute("INSERT INTO awaitly_snapshots VALUES ('new', %s, now())", [json.dumps(resumable)])
+    steps = {id: len(row["steps"]) for id, row in NODE_ROWS.items()} | {"new": 1}
+    listed = json.loads(run("list", "--json").stdout)
+    assert {row["id"]: row["steps"] for row in listed} == steps
+    shown = {id: run("show", id).stdout for id in ("node-failed-result", "new")}
+    assert "✗ fetch-missing\n    string: NOT_FOUND\n" in shown["node-failed-result"]
+    assert "✓ one\n" in shown["new"]
+
+
+def test_list_filters(run: Run, store: SnapshotStore) -> None:
+    """--prefix is exact, --status and --limit leave out the rest."""
+    for id, status in (
+        ("a_1", "failed"),
+        ("a_2", "failed"),
+        ("a_3", "completed"),
+        ("ab", "failed"),
+    ):
+        store.save(id, snapshot(1, status))
+    done = run("list", "--json", "--prefix", "a_", "--status", "failed", "--limit", "1")
+    assert [row["id"] for row in json.loads(done.stdout)] == ["a_2"]
+
+
+def test_list_goes_on_past_a_page(run: Run, store: SnapshotStore, db: psycopg.Connection) -> None:
+    """More rows than the store reads at once are all listed, once."""
+    store.save("a", snapshot())
+    db.execute(
+        "INSERT INTO awaitly_snapshots SELECT 'b' || n, snapshot, now() "
+        "FROM awaitly_snapshots, generate_series(1, 1100) AS n"
+    )
+    done = run("list", "--limit", "1050")
+    assert len({line.split()[0] for line in done.stdout.splitlines()[1:]}) == 1050
+
+
+def test_list_fits_the_terminal_and_cuts_no_id(
+    terminal: Callable[..., Terminal], store: SnapshotStore
+) -> None:
+    """In 80 columns no line is longer, save an id that is: it stands alone, whole."""
+    name = "order-" + "x" * 100
+    for id in (name, "short", "注文-" * 5):
+        store.save(id, snapshot(1, "running", workflow="a-workflow-of-a-very-long-name"))
+    store.try_acquire("short")
+    screen = terminal("list")
+    assert screen.end() == 0
+    lines = screen.lines()
+    assert name in lines
+    assert all(len(line) <= 80 for line in lines if line != name)
+    assert "\x1b[36mrunning" in screen.text
+
+
+def test_what_comes_next_is_told(run: Run, store: SnapshotStore, durable: Durable) -> None:
+    """NEXT tells what is due, paused, waiting, woken by an answer, and cancelled."""
+
+    @durable.workflow
+    def waiting(step: Step) -> None:
+        step.wait("approval")
+
+    def failing(step: Step) -> None:
+        raise RuntimeError
+
+    for id in ("waits", "woken"):
+        with pytest.raises(WorkflowSuspended):
+            durable.run(id, waiting)
+    durable.signal("woken", "approval", 1)
+    with pytest.raises(RuntimeError):
+        durable.run("failed", failing)
+    store.save("paused", snapshot(0, "failed", workflow="w", wakeAt="2999-01-01T00:00:00.000Z"))
+    store.save("by-hand", snapshot(1, "running"))
+    durable.submit("new", checkout, "u")
+    durable.submit("cancelled", checkout, "u")
+    durable.cancel("cancelled")
+    lines = [re.split(r" {2,}", line) for line in run("list").stdout.splitlines()[1:]]
+    next = {cells[0]: cells[5] for cells in lines}
+    assert next.pop("failed").startswith(("retry in ", "due"))
+    assert next.pop("paused").startswith("retry in ")
+    assert next == {
+        "waits": "waits for approval",
+        "woken": "due",
+        "by-hand": "-",
+        "new": "due",
+        "cancelled": "cancelled",
+    }
+
+
+@pytest.mark.parametrize("arguments", [["list"], ["show", "evil\x1b[31m\nred"]])
+def test_what_is_stored_cannot_steer_the_terminal(
+    run: Run, store: SnapshotStore, arguments: list[str]
+) -> None:
+    """Control characters in ids, keys and values are shown, not obeyed."""
+    stored = snapshot(0, workflow="w\x1b]0;title\x07", output="\x1b[2J\x9b2J")
+    stored["steps"]["key\x1b[1m"] = {"ok": False, "error": "", "cause": {"message": "\x1b[2Jm"}}
+    store.save("evil\x1b[31m\nred", stored)
+    done = run(*arguments)
+    assert done.returncode == 0
+    assert "evil\\x1b[31m\\nred" in done.stdout
+    assert re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", done.stdout) == []
+
+
+def test_no_color_means_no_color(terminal: Callable[..., Terminal], store: SnapshotStore) -> None:
+    """With NO_COLOR a terminal gets no colours either."""
+    store.save("a", snapshot())
+    screen = terminal("list", NO_COLOR="1")
+    assert screen.end() == 0
+    assert "completed" in screen.text
+    assert re.findall(r"\x1b\[[0-9;]*3[0-7]m", screen.text) == []
+
+
+def test_output_has_what_its_encoding_has(run: Run, store: SnapshotStore) -> None:
+    """Where only ASCII can be printed, bars are ASCII and other text is escaped."""
+    store.save("naïve", snapshot(2))
+    done = run("show", "naïve", PYTHONIOENCODING="ascii", PYTHONUTF8="0")
+    assert done.returncode == 0
+    assert done.stdout.isascii()
+    assert "na\\xefve" in done.stdout
+    assert "+ step-00001" in done.stdout
+
+
+# -- show ----------------------------------------------------------------------------------
+
+
+def test_show_tells_input_lease_and_why_steps_failed(
+    run: Run, store: SnapshotStore, durable: Durable
+) -> None:
+    """A failed workflow shows its arguments, its holder, and the failure with its cause."""
+    durable.submit("a", checkout, "bad")
+    run("resume", "flows:durable")
+    held = store.try_acquire("a")
+    shown = run("show", "a").stdout
+    assert "failed" in shown
+    assert f"held by {held.token.rpartition(':')[0]}" in shown
+    assert '("bad")' in shown
+    assert "✗ charge" in shown
+    assert "    CardDeclined: no funds\n    caused by KeyError: 'card'\n" in shown
+
+
+def test_show_tells_a_failure_outside_of_steps(run: Run, durable: Durable) -> None:
+    """What the workflow itself raised, after its steps, is shown, and the output is not."""
+
+    def breaks(step: Step) -> None:
+        step("one", int)
+        raise LookupError("between steps")
+
+    with pytest.raises(LookupError):
+        durable.run("a", breaks)
+    shown = run("show", "a").stdout
+    assert "failure   LookupError: between steps\n" in shown
+    assert "✓ one" in shown
+
+
+def test_bars_stand_where_and_as_long_as_steps_ran(run: Run, store: SnapshotStore) -> None:
+    """A step that took half of the time has half of the room, in its half; a night is cut out."""
+    stored = snapshot(3, output={"order": 1})
+    times = [("00:00:00", 2000), ("00:00:02", 1000), ("08:00:03", 1000)]
+    for step, (start, took) in zip(stored["steps"].values(), times, strict=True):
+        step["meta"] |= {"startedAt": f"2026-01-01T{start}.000Z", "durationMs": took}
+    store.save("a", stored)
+    shown = run("show", "a").stdout.splitlines()
+    bars = [line.split("s  ", 1)[1] for line in shown if line.startswith("✓")]
+    room = max(map(len, bars))
+    found = [(bar.index("━") / room, bar.count("━") / room) for bar in bars]
+    for given, wanted in zip(found, [(0, 0.5), (0.5, 0.25), (0.75, 0.25)], strict=True):
+        assert given == pytest.approx(wanted, abs=0.02)
+    assert "⋮ 8h00m later" in shown
+    assert 'output    {"order": 1}' in shown
+
+
+def test_show_of_many_steps_shows_those_that_matter(
+    terminal: Callable[..., Terminal], run: Run, store: SnapshotStore
+) -> None:
+    """Of 5,000 steps a terminal gets a page: first, last, longest, failed; --all gives all."""
+    stored = snapshot(5000)
+    steps = stored["steps"]
+    steps["step-02000"]["meta"]["durationMs"] = 9000.0
+    steps["step-03000"] = {
+        **steps["step-03000"],
+        "ok": False,
+        "error": "",
+        "cause": {"name": "Ouch"},
+    }
+    store.save("a", stored)
+    screen = terminal("show", "a")
+    assert screen.end() == 0
+    lines = screen.lines()
+    assert len(lines) < 60
+    assert all(len(line) <= 80 for line in lines)
+    told = ("✓ step-00000", "✓ step-02000", "✗ step-03000", "    Ouch", "✓ step-04999")
+    assert [start for start in told if not any(line.startswith(start) for line in lines)] == []
+    hidden = [int(n.replace(",", "")) for n in re.findall(r"⋮ ([\d,]+) more", "\n".join(lines))]
+    assert sum(hidden) + sum("step-" in line for line in lines) == 5000
+    assert run("show", "a", "--all").stdout.count("step-") == 5000
+
+
+def test_show_cuts_long_values_unless_asked_for_all(run: Run, store: SnapshotStore) -> None:
+    """A long output is cut on the page, and whole with --all."""
+    store.save("a", snapshot(1, output="x" * 5000))
+    assert 100 < run("show", "a").stdout.count("x") < 1000
+    assert run("show", "a", "--all").stdout.count("x") == 5000
+
+
+def test_show_json_holds_the_stored_document(run: Run, store: SnapshotStore) -> None:
+    """--json has the snapshot as it is stored."""
+    store.save("a", snapshot(2, note="é"))
+    shown = json.loads(run("show", "a", "--json").stdout)
+    assert (shown["id"], shown["steps"]) == ("a", 2)
+    assert shown["snapshot"] == snapshot(2, note="é")
+
+
+# -- stats and watch -----------------------------------------------------------------------
+
+
+def test_stats_counts_by_status_under_a_prefix(
+    run: Run, store: SnapshotStore, durable: Durable
+) -> None:
+    """Counts are by status; the oldest pending one is named by its whole id."""
+    store.save("a:1", snapshot())
+    store.save("a:2", snapshot(1, "failed"))
+    durable.submit("a:3", checkout, "u")
+    durable.submit("b:0", checkout, "u")
+    told = json.loads(run("stats", "--json", "--prefix", "a:").stdout)
+    assert told["by_status"] == {"completed": 1, "failed": 1, "running": 1}
+    assert (told["total"], told["bytes"] > 0) == (3, True)
+    assert told["oldest_pending"]["id"] == "a:2"
+    lines = run("stats").stdout.splitlines()
+    assert [line.split() for line in lines[:2]] == [["total", "4"], ["completed", "1"]]
+
+
+def test_watch_shows_changes_until_it_is_interrupted(
+    terminal: Callable[..., Terminal], store: SnapshotStore
+) -> None:
+    """A workflow that is stored meanwhile appears; Ctrl-C ends it without a word, with 0."""
+    store.save("first-one", snapshot())
+    screen = terminal("watch", "--interval", "0.1")
+    screen.read_until("first-one")
+    store.save("second-one", snapshot())
+    screen.read_until("second-one")
+    screen.process.send_signal(signal.SIGINT)
+    assert screen.end() == 0
+    assert "Traceback" not in screen.text
+    assert "Abort" not in screen.text
+
+
+# -- delete and prune ----------------------------------------------------------------------
+
+
+def test_delete_deletes_these_and_nothing_if_one_is_unknown(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """An unknown id is refused before anything is deleted."""
+    for id in "abc":
+        store.save(id, snapshot())
+    assert refused(run("delete", "a", "nope"), "'nope'")
+    assert set(statuses(db)) == {"a", "b", "c"}
+    assert run("delete", "a", "b").returncode == 0
+    assert set(statuses(db)) == {"c"}
+
+
+@pytest.fixture
+def aged(store: SnapshotStore, db: psycopg.Connection) -> None:
+    """Two old completed rows, an old failed and a new completed one."""
+    for id, status in (("a:1", "completed"), ("b:1", "completed"), ("a:2", "failed")):
+        store.save(id, snapshot(1, status))
+    db.execute("UPDATE awaitly_snapshots SET updated_at = now() - interval '36 hours'")
+    store.save("a:3", snapshot())
+
+
+@pytest.mark.usefixtures("aged")
+@pytest.mark.parametrize(
+    ("arguments", "gone"),
+    [
+        (["--older-than", "1d"], "a:1 b:1"),
+        (["--older-than", "1d11h", "--prefix", "a:"], "a:1"),
+        (["--older-than", "1d", "--status", "failed"], "a:2"),
+        (["--older-than", "90m", "--status", "any", "--batch-size", "1"], "a:1 a:2 b:1"),
+        (["--older-than", "2d"], ""),
+        (["--older-than", "1d", "--dry-run"], ""),
+    ],
+    ids=str,
+)
+def test_prune_deletes_what_is_old(
+    run: Run, db: psycopg.Connection, arguments: list[str], gone: str
+) -> None:
+    """Age, status and prefix choose; --dry-run deletes nothing."""
+    done = run("prune", *arguments)
+    assert {"a:1", "b:1", "a:2", "a:3"} - set(statuses(db)) == set(gone.split())
+    counted = 2 if "--dry-run" in arguments else len(gone.split())
+    assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, str(counted), "")
+
+
+@pytest.mark.usefixtures("aged")
+def test_prune_shows_a_bar_on_a_terminal(
+    terminal: Callable[..., Terminal], db: psycopg.Connection
+) -> None:
+    """On a terminal its progress is shown as so many of so many."""
+    screen = terminal("prune", "--older-than", "1d")
+    assert screen.end() == 0
+    assert any("2/2" in line for line in screen.lines())
+    assert set(statuses(db)) == {"a:2", "a:3"}
+
+
+# -- resume --------------------------------------------------------------------------------
+
+
+def test_resume_in_cron_prints_a_line_for_each_and_fails_if_one_failed(
+    run: Run, durable: Durable, db: psycopg.Connection
+) -> None:
+    """All that is pending is finished, one failure does not stop the rest but is the status."""
+    for id, user in (("a", "ada"), ("b", "bad"), ("c", "eve")):
+        durable.submit(id, checkout, user)
+    done = run("resume", "flows:durable")
+    assert done.returncode == 1
+    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
+        ["completed", "a"],
+        ["failed", "b"],
+        ["completed", "c"],
+    ]
+    assert "CardDeclined: no funds" in done.stdout
+    assert statuses(db) == {"a": "completed", "b": "failed", "c": "completed"}
+
+
+def test_resume_with_nothing_to_do_is_silent(run: Run, store: SnapshotStore) -> None:
+    """Cron sends no mail when nothing is pending."""
+    store.save("a", snapshot())
+    done = run("resume", "flows:durable")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_resume_takes_ids_a_prefix_or_a_limit(
+    run: Run, durable: Durable, db: psycopg.Connection
+) -> None:
+    """Only what was chosen is run."""
+    for id in ("a1", "a2", "b1", "c1"):
+        durable.submit(id, checkout, "ada")
+    assert run("resume", "flows:durable", "b1").returncode == 0
+    assert run("resume", "flows:durable", "--prefix", "a", "--limit", "1").returncode == 0
+    done = {id for id, status in statuses(db).items() if status == "completed"}
+    assert done == {"a1", "b1"}
+
+
+def test_resume_of_an_unknown_id_runs_nothing(
+    run: Run, durable: Durable, db: psycopg.Connection
+) -> None:
+    """Ids are checked before the first of them runs."""
+    durable.submit("a", checkout, "ada")
+    assert refused(run("resume", "flows:durable", "a", "nope"), "'nope'")
+    assert statuses(db) == {"a": "running"}
+
+
+def test_resume_leaves_what_another_holds(
+    run: Run, store: SnapshotStore, durable: Durable, db: psycopg.Connection
+) -> None:
+    """A given id that somebody works on is skipped, with the holder's name."""
+    durable.submit("a", checkout, "ada")
+    held = store.try_acquire("a", ttl=600)
+    done = run("resume", "flows:durable", "a")
+    assert (done.returncode, done.stdout.split()[:2]) == (0, ["skipped", "a"])
+    assert held.token in done.stdout
+    assert statuses(db) == {"a": "running"}
+
+
+def test_resume_shows_a_bar_and_a_sum_on_a_terminal(
+    terminal: Callable[..., Terminal], durable: Durable, db: psycopg.Connection
+) -> None:
+    """On a terminal there are progress, the failures, and how many came out how."""
+    for id, user in (("a", "ada"), ("b", "bad"), ("c", "eve")):
+        durable.submit(id, checkout, user)
+    screen = terminal("resume", "flows:durable")
+    assert screen.end() == 1
+    assert any("3/3" in line for line in screen.lines())
+    assert "CardDeclined" in screen.text
+    assert "2 completed, 1 failed" in screen.text
+    assert statuses(db) == {"a": "completed", "b": "failed", "c": "completed"}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_worker_stops_after_the_current_workflow(
+    worker: Callable[..., Any],
+    durable: Durable,
+    db: psycopg.Connection,
+    tmp_path: Path,
+    signum: int,
+) -> None:
+    """On a signal the workflow at work is finished, the next is not begun, the status is 0."""
+    os.mkfifo(tmp_path / "gate")
+    durable.submit("a", gated, "gate")
+    durable.submit("b", checkout, "ada")
+    process = worker("--loop", "1")
+    assert process.stdout.readline() == "at the gate\n"
+    process.send_signal(signum)
+    assert "stopping after the current workflow" in process.stderr.readline()
+    (tmp_path / "gate").write_text("open")
+    assert process.wait(PATIENCE) == 0
+    assert statuses(db) == {"a": "completed", "b": "running"}
+    assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
+
+
+def test_a_second_signal_stops_at_once_and_frees_the_workflow(
+    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    """Told twice, a worker abandons what it does; its lease is given back, no traceback shown."""
+    os.mkfifo(tmp_path / "gate")
+    durable.submit("a", gated, "gate")
+    process = worker()
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert statuses(db) == {"a": "running"}
+    assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
+
+
+def test_a_worker_takes_up_what_comes_later(
+    worker: Callable[..., Any], durable: Durable, store: SnapshotStore
+) -> None:
+    """What is submitted while it runs is finished, too."""
+    store.create_tables()
+    process = worker("--loop", "0.1")
+    for id in ("first", "second"):
+        durable.submit(id, checkout, "ada")
+        assert process.stdout.readline().split()[:2] == ["completed", id]
+
+
+def test_a_worker_stops_while_it_pauses(
+    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, url: str
+) -> None:
+    """In a pause of an hour one signal is enough; the status is 0."""
+    name = f"worker_{secrets.token_hex(6)}"
+    durable.submit("first", checkout, "ada")
+    process = worker("--loop", "3600", DATABASE_URL=make_conninfo(url, application_name=name))
+    assert process.stdout.readline().split()[:2] == ["completed", "first"]
+    deadline = time.monotonic() + PATIENCE
+    busy = (
+        "SELECT 1 FROM pg_stat_activity WHERE application_name = %s "
+        "AND (state <> 'idle' OR clock_timestamp() - state_change < interval '0.3 s')"
+    )
+    while db.execute(busy, [name]).fetchone():
+        assert time.monotonic() < deadline
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+
+
+@pytest.fixture
+def role(server: str) -> Iterator[str]:
+    """A role of this test's own, that may log in with the password "pw"."""
+    name = f"worker_{secrets.token_hex(6)}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {name} LOGIN SUPERUSER PASSWORD 'pw'")
+        yield name
+        admin.execute(f"DROP ROLE {name}")
+
+
+def test_a_worker_outlives_an_outage(
+    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, url: str, role: str
+) -> None:
+    """While it cannot connect a worker says so, and afterwards it goes on."""
+    durable.submit("first", checkout, "ada")
+    address = make_conninfo(url, user=role, password="pw")  # noqa: S106
+    process = worker("--loop", "0.1", DATABASE_URL=address, RETRY_FOR="3")
+    assert process.stdout.readline().split()[:2] == ["completed", "first"]
+    db.execute(f"ALTER ROLE {role} NOLOGIN")
+    db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [role])
+    assert "trying again" in process.stderr.readline()
+    durable.submit("second", checkout, "ada")
+    db.execute(f"ALTER ROLE {role} LOGIN")
+    assert process.stdout.readline().split()[:2] == ["completed", "second"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+
+
+# -- signal, cancel, unlock ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ['{"by": ["é", 1.5]}', "null"])
+def test_signal_answers_a_wait(run: Run, durable: Durable, value: str) -> None:
+    """The value arrives in the workflow as the JSON that was typed; a second one is refused."""
+
+    @durable.workflow
+    def waiting(step: Step) -> Any:
+        return step.wait("approval")
+
+    with pytest.raises(WorkflowSuspended):
+        durable.run("a", waiting)
+    assert run("signal", "a", "approval", value).returncode == 0
+    second = run("signal", "a", "approval", "2")
+    assert (second.returncode, "already" in second.stderr) == (1, True)
+    assert durable.resume("a") == json.loads(value)
+    ended = run("signal", "a", "approval", "3")
+    assert (ended.returncode, "is completed" in ended.stderr) == (1, True)
+
+
+def test_cancel_ends_a_workflow_for_good(
+    run: Run, durable: Durable, db: psycopg.Connection
+) -> None:
+    """A cancelled workflow is not resumed; a completed one cannot be cancelled."""
+    durable.submit("a", checkout, "ada")
+    durable.run("b", checkout, "ada")
+    assert run("cancel", "a").returncode == 0
+    assert run("resume", "flows:durable").stdout == ""
+    assert statuses(db)["a"] == "failed"
+    assert run("cancel", "b").returncode == 1
+    assert statuses(db)["b"] == "completed"
+
+
+@pytest.mark.parametrize(("answer", "status"), [("n", 1), ("y", 0)])
+def test_unlock_asks_first(
+    terminal: Callable[..., Terminal], store: SnapshotStore, answer: str, status: int
+) -> None:
+    """It names the holder; only after a yes has it lost the lease."""
+    store.save("a", snapshot(1, "running"))
+    held = store.try_acquire("a", ttl=600)
+    screen = terminal("unlock", "a", columns=200)
+    screen.read_until("[y/N]")
+    assert held.token.rpartition(":")[0] in screen.text
+    assert held.held()
+    screen.type(answer + "\n")
+    assert screen.end() == status
+    assert held.held() is (answer == "n")
+
+
+def test_unlock_needs_a_yes_where_nobody_can_be_asked(run: Run, store: SnapshotStore) -> None:
+    """In a pipe nothing happens without --yes; with it, the old holder writes no more."""
+    store.save("a", snapshot(1, "running"))
+    held = store.try_acquire("a", ttl=600)
+    assert run("unlock", "a").returncode == 1
+    assert held.held()
+    assert run("unlock", "a", "--yes").returncode == 0
+    with pytest.raises(LeaseLost):
+        store.save("a", snapshot(), lease=held)
+
+
+# -- what goes wrong -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["prune", "--older-than", "3x"], "duration"),
+        (["prune", "--older-than", "1d2"], "duration"),
+        (["prune", "--older-than", "9" * 30 + "d"], "too long"),
+        (["prune"], "--older-than"),
+        (["list", "--limit", "0"], "--limit"),
+        (["list", "--status", "done"], "--status"),
+        (["list", "--table", "a-b"], "a-b"),
+        (["list", "--schema", "no_such_schema"], "init"),
+        (["show", "nope"], "nope"),
+        (["show", ""], "empty"),
+        (["show", "x" * 2000], "bytes"),
+        (["cancel", "nope"], "nope"),
+        (["unlock", "nope", "--yes"], "nope"),
+        (["signal", "nope", "key", "1"], "nope"),
+        (["signal", "a", "key", "yes"], "quotes"),
+        (["signal", "a", "key", "NaN"], "JSON"),
+        (["resume", "flows"], "package.module:durable"),
+        (["resume", "no_such_module:durable"], "no_such_module"),
+        (["resume", "flows:nope"], "nope"),
+        (["resume", "flows:not_a_durable"], "Durable"),
+        (["resume", "broken:durable"], "broken.py:2"),
+        (["resume", "flows:durable", "a", "--loop", "1"], "--loop"),
+        (["watch"], "terminal"),
+        (["frobnicate"], "frobnicate"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_a_message_and_2(
+    run: Run, store: SnapshotStore, tmp_path: Path, arguments: list[str], word: str
+) -> None:
+    """It says on stderr what is wrong, and changes nothing."""
+    store.save("a", snapshot(1, "running", workflow="w"))
+    (tmp_path / "broken.py").write_text("# broken\nraise RuntimeError('no settings')\n")
+    before = store.load("a")
+    assert refused(run(*arguments), word)
+    assert store.load("a") == before
+
+
+def test_a_missing_address_is_told(run: Run) -> None:
+    """Without --url and $DATABASE_URL it names both."""
+    assert refused(run("list", DATABASE_URL=None), "--url", "$DATABASE_URL")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "postgresql+psycopg://ada:sekret@127.0.0.1/db",
+        "postgresql://ada:sekret@127.0.0.1:port/db",
+        "host=127.0.0.1 password=sekret user='ada",
+        "postgresql://ada:sekret@127.0.0.1:1/db",
+    ],
+)
+def test_an_address_that_does_not_connect_is_refused_without_the_password(
+    run: Run, address: str
+) -> None:
+    """Malformed or unreachable, the address is wrong input, and its password stays secret."""
+    done = run("list", "--url", address)
+    assert refused(done)
+    assert "sekret" not in done.stderr
+
+
+def test_a_role_that_may_not_enter_is_refused_without_the_password(run: Run, url: str) -> None:
+    """Credentials that the server does not take are wrong input, and stay secret."""
+    address = make_conninfo(url, user="nobody_of_that_name", password="sekret")  # noqa: S106
+    done = run("list", DATABASE_URL=address)
+    assert refused(done, "nobody_of_that_name")
+    assert "sekret" not in done.stderr
+
+
+def test_a_row_that_is_no_snapshot_is_a_message_and_1(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """It is listed all the same; showing it names the fault."""
+    store.create_tables()
+    db.execute("""INSERT INTO awaitly_snapshots VALUES ('odd', '{"steps": 7}', now())""")
+    db.execute("""INSERT INTO awaitly_snapshots VALUES ('odder', '"text"', NULL)""")
+    listed = json.loads(run("list", "--json").stdout)
+    assert {(row["id"], row["steps"]) for row in listed} == {("odd", 0), ("odder", 0)}
+    done = run("show", "odd")
+    assert done.returncode == 1
+    assert "steps must be an object" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+@pytest.mark.parametrize("command", [[EXECUTABLE], [sys.executable, "-m", "awaitly_postgres"]])
+def test_without_the_extra_one_line_says_what_to_install(
+    tmp_path: Path, command: list[str], missing: str
+) -> None:
+    """Where click or rich is not installed, it prints that line and exits with 1."""
+    (tmp_path / f"{missing}.py").write_text(
+        f"raise ModuleNotFoundError('No module named {missing}', name={missing!r})"
+    )
+    done = subprocess.run(
+        [*command, "list"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (line,) = done.stderr.splitlines()
+    assert "pip install 'awaitly-postgres[cli]'" in line
+
+
+def test_the_module_is_the_command(run: Run, environment: dict[str, str]) -> None:
+    """``python -m awaitly_postgres`` prints the same help under the same name."""
+    command = [sys.executable, "-m", "awaitly_postgres", "--help"]
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=PATIENCE,
+        check=True,
+    )
+    assert done.stdout == run("--help").stdout
+    assert done.stdout.startswith("Usage: awaitly-postgres ")
+
+
+def test_a_reader_that_goes_away_is_no_trouble(
+    environment: dict[str, str], store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """``awaitly-postgres list | head -1`` ends quietly."""
+    store.save("a", snapshot())
+    db.execute(
+        "INSERT INTO awaitly_snapshots SELECT repeat('b', 200) || n, snapshot, now() "
+        "FROM awaitly_snapshots, generate_series(1, 2000) AS n"
+    )
+    listing = subprocess.Popen(
+        [EXECUTABLE, "list", "--limit", "2000"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    with listing:
+        assert listing.stdout.readline().startswith(b"ID")
+        listing.stdout.close()
+        assert listing.stderr.read() == b""
