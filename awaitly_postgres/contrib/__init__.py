@@ -1,0 +1,1 @@
+"""The store at home in frameworks; each module needs the framework of its name."""

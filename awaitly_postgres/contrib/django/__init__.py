@@ -1,0 +1,121 @@
+"""The store on Django's database, and durable runs over the ORM.
+
+Put ``"awaitly_postgres.contrib.django"`` into ``INSTALLED_APPS``: ``migrate`` then makes the
+tables, ``resume_workflows`` finishes what is pending, and the admin shows it. In a module of yours:
+
+    from awaitly_postgres import Durable
+    from awaitly_postgres.contrib.django import atomic, connection, store
+
+    durable = Durable(store(), transaction=atomic)
+
+    with transaction.atomic():                       # in a view: accepted if the block commits
+        durable.submit("checkout-1", checkout, 1, conn=connection())
+
+    step.transaction("take-stock", take_stock, 1)    # in a workflow: the ORM is in the transaction
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import attrs
+import django.db
+import psycopg
+from django.core.exceptions import ImproperlyConfigured
+from django.db import connections
+from django.db import transaction as transactions
+from psycopg.conninfo import make_conninfo
+from psycopg_pool import ConnectionPool
+
+from ..._db import Connection, Database
+from ...factory import postgres
+from ...store import SnapshotStore
+
+__all__ = ["atomic", "connection", "store"]
+
+
+def store(using: str = "default", **options: Any) -> SnapshotStore:
+    """Make a `SnapshotStore` on the database that Django's settings call ``using``.
+
+    It has a pool of its own, so that a checkpoint is committed whatever the view's transaction
+    does; or it takes connections from Django's own pool where ``OPTIONS["pool"]`` asks for one
+    (Django 5.1+), which then needs two for each thread. The settings are read at first use, so
+    tests run on the test database.
+
+    Args:
+        using: the alias in ``DATABASES``.
+        options: those of `postgres`. ``auto_create_table`` is off: ``migrate`` makes the tables.
+    """
+    wrapper = connections[using]
+    if wrapper.vendor != "postgresql":
+        raise ImproperlyConfigured(f"the database {using!r} is {wrapper.vendor}, not PostgreSQL")
+    # Django's reason to turn prepared statements off, a pooler in between, is seen at connecting.
+    kwargs = {k: v for k, v in wrapper.settings_dict["OPTIONS"].items() if k == "prepare_threshold"}
+    kwargs |= options.pop("kwargs", None) or {}
+    made = postgres("", **{"auto_create_table": False, **options, "kwargs": kwargs})
+    given = {str(f.alias): getattr(made._db, f.name) for f in attrs.fields(Database)}
+    given["conninfo"] = lambda: _conninfo(using)
+    return SnapshotStore(_Database(**given, using=using), made.prefix)
+
+
+def connection(using: str = "default") -> Connection:
+    """Return Django's psycopg connection, for ``conn=``: what is done there joins ``atomic()``."""
+    wrapper = connections[using]
+    wrapper.ensure_connection()
+    return cast(Connection, wrapper.connection)
+
+
+@contextmanager
+def atomic(using: str = "default") -> Iterator[Connection]:
+    """Open a transaction for ``step.transaction`` on Django's connection: the ORM works inside.
+
+    For ``Durable(transaction=atomic)``. Raises RuntimeError inside ``transaction.atomic()``, where
+    nothing would be committed.
+    """
+    wrapper = connections[using]
+    if wrapper.in_atomic_block:
+        raise RuntimeError(
+            "step.transaction commits, so a workflow that has one cannot run inside "
+            "transaction.atomic(), ATOMIC_REQUESTS or a TestCase. Submit it there, or decorate the "
+            "view with non_atomic_requests; test it in a TransactionTestCase."
+        )
+    wrapper.close_if_unusable_or_obsolete()  # as Django does between requests
+    in_body = False
+    try:
+        with transactions.atomic(using=using):
+            conn = connection(using)
+            in_body = True
+            yield conn
+            in_body = False
+    except django.db.Error as error:
+        # A commit whose reply was lost must be known as one: it may have happened.
+        if in_body or not isinstance(error.__cause__, psycopg.Error):
+            raise
+        raise error.__cause__ from error
+
+
+@attrs.define(eq=False)
+class _Database(Database):
+    """Opens when it is first used, by Django's settings of that moment."""
+
+    using: str = attrs.field(kw_only=True)
+
+    def _open(self) -> ConnectionPool[Any]:
+        pool = getattr(connections[self.using], "pool", None)
+        if pool is not None and not self._inherited:
+            pool.open()
+            self._given = pool
+        return super()._open()
+
+
+def _conninfo(using: str) -> str:
+    """Write Django's settings as libpq's, leaving out what is meant for Django or for psycopg."""
+    wrapper = connections[using]
+    known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
+    params = {k: v for k, v in wrapper.get_connection_params().items() if k in known}
+    if role := wrapper.settings_dict["OPTIONS"].get("assume_role"):
+        escaped = role.replace("\\", "\\\\").replace(" ", "\\ ")
+        params["options"] = f"{params.get('options', '')} -c role={escaped}".strip()
+    return make_conninfo("", **params)

@@ -1,0 +1,11 @@
+"""The app ``awaitly``."""
+
+from django.apps import AppConfig
+
+
+class AwaitlyConfig(AppConfig):
+    """Brings the tables, the command and the admin pages."""
+
+    name = "awaitly_postgres.contrib.django"
+    label = "awaitly"
+    verbose_name = "Durable workflows"

@@ -1,0 +1,12 @@
+"""Where the pages are."""
+
+from django.contrib import admin
+from django.urls import path
+
+from . import views
+
+urlpatterns = [
+    path("", views.home, name="home"),
+    path("orders/<uuid:id>", views.order, name="order"),
+    path("admin/", admin.site.urls),
+]

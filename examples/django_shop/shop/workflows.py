@@ -1,0 +1,36 @@
+"""What happens to an order after it is accepted, each step once."""
+
+from django.db.models import F
+
+from awaitly_postgres import Durable, Step
+from awaitly_postgres.contrib.django import atomic, store
+
+from .models import Order, Product
+
+durable = Durable(store(), transaction=atomic)
+
+
+@durable.workflow(version=1)
+def checkout(step: Step, order_id: str) -> dict:
+    """Take the stock, charge the card, note the payment."""
+    cents = step.transaction("take-stock", take_stock, order_id)
+    payment = step("charge-card", charge_card, cents, step.idempotency_key("charge-card"))
+    step.transaction("note-payment", note_payment, order_id, payment)
+    return {"order": order_id, "cents": cents, "payment": payment}
+
+
+def take_stock(conn, order_id: str) -> int:
+    """Decrement the stock over the ORM, in the transaction that records the step."""
+    order = Order.objects.select_related("product").get(pk=order_id)
+    Product.objects.filter(pk=order.product_id).update(stock=F("stock") - order.quantity)
+    return order.quantity * order.product.cents
+
+
+def charge_card(cents: int, idempotency_key: str) -> str:
+    """Stand in for a payment provider, which charges once for each idempotency key."""
+    return f"paid {cents / 100:.2f} for {idempotency_key}"
+
+
+def note_payment(conn, order_id: str, payment: str) -> None:
+    """Write the receipt onto the order."""
+    Order.objects.filter(pk=order_id).update(payment=payment)

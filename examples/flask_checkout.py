@@ -1,0 +1,224 @@
+"""A checkout that a web server's crash cannot break, and that a second click cannot repeat.
+
+    export DATABASE_URL=postgresql://localhost/shop
+    flask --app flask_checkout init                         # once: makes the tables
+    gunicorn --workers 2 --preload flask_checkout:app
+    curl -d item=tea -d quantity=2 localhost:8000/checkouts/0b5e5ac0-6c0f-4b0e-9a51-d5bb9a4e3f5d
+    # and open that address in a browser, to see how far it is
+    flask --app flask_checkout resume                       # cron: what a dead worker left behind
+
+The client makes up the id, a UUID. A repeated POST gets the same order (200). While one is being
+worked on, another gets 409 with Retry-After; the same id with another order in it gets 422.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+from uuid import UUID
+
+import click
+from flask import Flask, jsonify, render_template_string, request
+from flask.typing import ResponseReturnValue
+
+from awaitly_postgres import (
+    AlreadyRunning,
+    Durable,
+    Step,
+    StoreError,
+    StoreUnavailable,
+    WorkflowConflict,
+    postgres,
+)
+
+PRICES = {"tea": 450, "teapot": 3900, "tea cosy": 1850}  # in cents
+ORDERS = """
+CREATE TABLE IF NOT EXISTS shop_orders (
+  number BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+  item TEXT NOT NULL,
+  quantity INT NOT NULL,
+  payment TEXT NOT NULL
+)"""
+
+# Nothing is opened here: with --preload this runs before gunicorn forks its workers. A request
+# should not wait for a database that is away as long as a script may.
+store = postgres(os.environ.get("DATABASE_URL", "postgresql://localhost/shop"), retry_for=5)
+durable = Durable(store)
+app = Flask(__name__)
+
+
+class CardDeclined(Exception):
+    """The customer may try again."""
+
+
+@durable.workflow(version=1)
+def checkout(step: Step, item: str, quantity: int) -> dict[str, Any]:
+    """Charge the card, make the order, send the receipt; each once."""
+    cents = PRICES[item] * quantity
+    payment = step("charge-card", charge_card, cents, step.idempotency_key("charge-card"))
+    number = step.transaction("create-order", create_order, item, quantity, payment)
+    step("send-receipt", send_receipt, number)
+    return {"number": number, "item": item, "quantity": quantity, "cents": cents}
+
+
+def charge_card(cents: int, idempotency_key: str) -> str:
+    """Stand in for a payment provider, which charges once for each idempotency key."""
+    if cents > 100_000:
+        raise CardDeclined(f"{cents / 100:,.2f} is more than the card allows")
+    return f"payment of {cents / 100:.2f} for {idempotency_key}"
+
+
+def create_order(conn: Any, item: str, quantity: int, payment: str) -> int:
+    """Insert the order, in the transaction that records the step."""
+    insert = (
+        "INSERT INTO shop_orders (item, quantity, payment) VALUES (%s, %s, %s) RETURNING number"
+    )
+    return int(conn.execute(insert, (item, quantity, payment)).fetchone()[0])
+
+
+def send_receipt(number: int) -> None:
+    """Stand in for an e-mail."""
+    app.logger.info("receipt for order %s", number)
+
+
+@app.post("/checkouts/<uuid:id>")
+def place_order(id: UUID) -> ResponseReturnValue:
+    """Run the checkout to its end, go on with one that broke, or return the order it made."""
+    item, quantity = request.form.get("item", ""), request.form.get("quantity", 0, int)
+    if item not in PRICES or not 1 <= quantity <= 1000:
+        return jsonify(error=f"item must be one of {', '.join(PRICES)}, quantity 1 to 1000"), 400
+    return jsonify(durable.run(f"checkout:{id}", checkout, item, quantity))
+
+
+@app.errorhandler(AlreadyRunning)
+def already_running(error: AlreadyRunning) -> ResponseReturnValue:
+    """Tell the second of two simultaneous requests to come back for the order of the first."""
+    return jsonify(error="this checkout is being worked on"), 409, {"Retry-After": "1"}
+
+
+@app.errorhandler(WorkflowConflict)
+def conflict(error: WorkflowConflict) -> ResponseReturnValue:
+    """Refuse an id that stands for another order."""
+    return jsonify(error="this id belongs to another order"), 422
+
+
+@app.errorhandler(CardDeclined)
+def declined(error: CardDeclined) -> ResponseReturnValue:
+    """Say why there is no order; the same POST tries again."""
+    return jsonify(error=str(error)), 402
+
+
+@app.errorhandler(StoreUnavailable)
+def unavailable(error: StoreUnavailable) -> ResponseReturnValue:
+    """Nothing is lost; the same POST goes on where this one stopped."""
+    return jsonify(error="the database is away"), 503, {"Retry-After": "5"}
+
+
+@app.get("/checkouts/<uuid:id>")
+def status(id: UUID) -> ResponseReturnValue:
+    """Show how far a checkout is."""
+    snapshot = store.load(f"checkout:{id}")
+    if snapshot is None:
+        return render_template_string(PAGE, id=id, status="unknown"), 404
+    metadata = snapshot.metadata or {}
+    steps = sorted(snapshot.steps.items(), key=lambda item: item[1].meta.get("seq", 0))
+    longest = max((step.meta.get("durationMs", 0) for _, step in steps), default=0) or 1
+    return render_template_string(
+        PAGE,
+        id=id,
+        status=snapshot.execution.status,
+        steps=steps,
+        longest=longest,
+        order=metadata.get("output"),
+        failure=metadata.get("failure"),
+        written=snapshot.execution.last_updated,
+    )
+
+
+@app.get("/health")
+def health() -> ResponseReturnValue:
+    """Answer a load balancer: 200 while the database answers."""
+    try:
+        store.ping()
+    except StoreError:
+        return jsonify(database="unavailable"), 503
+    return jsonify(database="ok")
+
+
+@app.cli.command()
+def init() -> None:
+    """Make the tables."""
+    import psycopg
+
+    store.create_tables()
+    with psycopg.connect(os.environ["DATABASE_URL"]) as conn:
+        conn.execute(ORDERS)
+
+
+@app.cli.command()
+@click.pass_context
+def resume(context: click.Context) -> None:
+    """Finish what is pending; exit with status 1 if anything failed."""
+    failed = [o for o in durable.resume_pending(prefix="checkout:") if o.status == "failed"]
+    for outcome in failed:
+        click.echo(f"{outcome.id} failed: {outcome.error!r}", err=True)
+    context.exit(1 if failed else 0)
+
+
+@app.template_filter("pretty")
+def pretty(value: Any) -> str:
+    """Write a stored value as JSON. The template escapes it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+{% if status == "running" %}<meta http-equiv="refresh" content="2">{% endif %}
+<title>Checkout {{ id }}: {{ status }}</title>
+<style>
+  :root { color-scheme: light dark; --line: #8884; --quiet: #888; --bar: #2f855a; }
+  body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto;
+         padding: 0 1rem; }
+  h1 { font-size: 1.5rem; margin-bottom: 0; }
+  h1 span { margin-left: .5rem; padding: .15rem .6rem; border-radius: 1rem; font-size: .875rem;
+            vertical-align: middle; color: #fff; background: #5c6670; }
+  h1 + small { color: var(--quiet); }
+  h1 .completed { background: #26704a; } h1 .failed { background: #b3261e; }
+  h1 .running { background: #205d96; }
+  table { width: 100%; border-collapse: collapse; table-layout: fixed; }
+  td { padding: .5rem .25rem; border-top: 1px solid var(--line); vertical-align: top;
+       overflow-wrap: anywhere; }
+  td:first-child { width: 9rem; } td:last-child { width: 6rem; text-align: right; }
+  i { display: block; height: .6rem; margin-top: .45rem; border-radius: 2px; min-width: 2px;
+      background: var(--bar); }
+  .failed i { background: #c53030; }
+  code { display: block; font-size: .8125rem; color: var(--quiet); }
+  .failure { padding: .75rem 1rem; border-left: 4px solid #c53030; background: #c530301a; }
+  footer { margin-top: 1.5rem; color: var(--quiet); font-size: .875rem; }
+</style>
+<h1>Checkout <span class="{{ status }}">{{ status }}</span></h1>
+<small>{{ id }}</small>
+{% if status == "unknown" %}<p>Nothing was ordered under this id.</p>
+{% else %}
+{% if order %}<p>Order <b>{{ order.number }}</b>: {{ order.quantity }} × {{ order.item }},
+  {{ "%.2f"|format(order.cents / 100) }}</p>{% endif %}
+{% if failure %}<p class="failure"><b>{{ failure.name }}</b>: {{ failure.message }}</p>{% endif %}
+<table>
+{% for key, step in steps %}
+  <tr{% if not step.ok %} class="failed"{% endif %}>
+    <td>{{ key }}</td>
+    <td><i style="width: {{ 100 * step.meta.get('durationMs', 0) / longest }}%"></i>
+      {% if not step.ok %}<code>{{ step.cause.name }}: {{ step.cause.message }}</code>
+      {% elif step.value is not none %}<code>{{ step.value|pretty }}</code>{% endif %}</td>
+    <td>{% if step.meta.durationMs %}{{ "%.1f"|format(step.meta.durationMs) }} ms{% endif %}</td>
+  </tr>
+{% else %}<tr><td>Nothing has run yet.</td></tr>
+{% endfor %}
+</table>
+<footer>last written {{ written }}</footer>
+{% endif %}
+</html>
+"""
