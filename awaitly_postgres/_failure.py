@@ -137,6 +137,8 @@ def _rebuild(exception: Mapping[str, Any]) -> Exception | None:
             else:
                 _attributes(error)[name] = value
         str(error)
+        if issubclass(kind, SyntaxError):  # its traceback quotes the source: numbers, text
+            traceback.format_exception_only(kind, error)
     except Exception:
         return None
     return error
