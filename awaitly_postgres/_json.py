@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -26,7 +25,7 @@ _SCALARS = {str, int, float, bool, type(None)}
 quote = json.encoder.encode_basestring  # a string without NUL and lone surrogates, as JSON
 encode_own = _encoder.encode  # what this package itself has made of strings and small numbers
 # Text that may stand for a float which JSONB would alter, or for a NUL.
-_suspect = re.compile(r"e\+|-0\.0(?!\d)|\\u0000").search
+_SUSPECT = ("e+", "-0.0", "\\u0000")
 
 
 def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
@@ -40,7 +39,7 @@ def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
     except (TypeError, ValueError, RecursionError):
         text = _write(value, path, depth)
     else:
-        if _suspect(text) or not _is_plain(value, depth):
+        if any(sign in text for sign in _SUSPECT) or not _is_plain(value, depth):
             text = _write(value, path, depth)
     check_size(text, None, path)
     return text
@@ -101,7 +100,8 @@ def _is_plain(value: Any, depth: int) -> bool:
                 members = item.values()
             elif type(item) not in _SEQUENCES:
                 return type(item) in _SCALARS
-            below += [member for member in members if type(member) not in _SCALARS]
+            if not set(map(type, members)) <= _SCALARS:
+                below += [member for member in members if type(member) not in _SCALARS]
         if not below:
             return True
         level = below

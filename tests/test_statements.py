@@ -1,0 +1,212 @@
+"""What is sent to the server: how many round trips and commits a run takes, and which rows a
+statement names."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO
+
+import psycopg
+import pytest
+from attrs import asdict
+from psycopg_pool import ConnectionPool
+
+from awaitly_postgres import Durable, SnapshotStore, Step, postgres
+from awaitly_postgres._sql import Statements, compose
+
+# -- the wire ------------------------------------------------------------------------------
+
+
+class Wire:
+    """What libpq has written down of a connection's traffic."""
+
+    def __init__(self, trace: IO[bytes]) -> None:
+        self._trace = trace
+
+    @contextmanager
+    def counted(self) -> Iterator[dict[str, int]]:
+        """Count round trips, and those of them that ended a transaction."""
+        start = self._trace.seek(0, 2)
+        counts: dict[str, int] = {}
+        yield counts
+        self._trace.seek(start)
+        ready = re.findall(rb"^.*\tReadyForQuery\t (.)", self._trace.read(), re.M)
+        counts |= {"round trips": len(ready), "transactions": ready.count(b"I")}
+
+
+@pytest.fixture
+def wire() -> Iterator[Wire]:
+    with tempfile.TemporaryFile() as trace:
+        yield Wire(trace)
+
+
+@pytest.fixture
+def traced(wire: Wire, url: str) -> Iterator[SnapshotStore]:
+    """A store on one connection of which every message is written down."""
+
+    def trace(conn: psycopg.Connection) -> None:
+        conn.pgconn.trace(wire._trace.fileno())
+
+    kwargs = {"autocommit": True}
+    with ConnectionPool(url, min_size=1, max_size=1, kwargs=kwargs, configure=trace) as pool:
+        store = postgres(pool=pool)
+        # Tables are made, and statements prepared, once.
+        for size in (10, 5000):
+            Durable(store).run(f"first-{size}", work, 12, size)
+        yield store
+
+
+def work(step: Step, count: int, size: int) -> list[int]:
+    return [step(f"step-{nr}", lambda nr=nr: f"{nr}".ljust(size)) for nr in range(count)]
+
+
+@pytest.mark.parametrize("journal_used", [False, True])
+@pytest.mark.parametrize("count", [0, 3, 10])
+def test_a_run_of_n_steps_takes_n_and_two_commits_of_one_round_trip_each(
+    traced: SnapshotStore, wire: Wire, count: int, journal_used: bool
+) -> None:
+    """Begin with lease and input; each step; end with output, fold and release."""
+    with wire.counted() as counts:
+        Durable(traced).run("a", work, count, 5000 if journal_used else 10)
+    assert counts == {"round trips": count + 2, "transactions": count + 2}
+
+
+def test_a_transaction_step_adds_only_begin_and_commit(traced: SnapshotStore, wire: Wire) -> None:
+    """One commit, as any step; what else goes over the wire is the user's."""
+
+    def pay(step: Step) -> None:
+        step.transaction("pay", lambda conn: conn.execute("SELECT 1") and None)
+
+    with wire.counted() as counts:
+        Durable(traced).run("a", pay)
+    assert counts == {"round trips": 2 + 4, "transactions": 2 + 1}
+
+
+def test_saving_and_loading_take_one_round_trip_each(traced: SnapshotStore, wire: Wire) -> None:
+    """With a lease as without."""
+    lease = traced.try_acquire("a")
+    with wire.counted() as counts:
+        Durable(traced).submit("b", work, 3, 10)
+        snapshot = traced.load("b")
+        traced.save("a", snapshot)
+        traced.save("a", snapshot, lease=lease)
+        lease.renew()
+        lease.held()
+        lease.release()
+    assert counts == {"round trips": 7, "transactions": 7}
+
+
+def test_replaying_a_completed_run_asks_once_and_writes_nothing(
+    traced: SnapshotStore, wire: Wire, db: psycopg.Connection
+) -> None:
+    """No transaction id is used, no log is written; so a view may ask as often as it likes."""
+    durable = Durable(traced)
+    result = durable.run("a", work, 3, 10)
+
+    def written(call: Callable[[], object]) -> int:
+        """WAL bytes, of everybody on the server; hence the fewest of many tries count."""
+        here = "SELECT pg_current_wal_insert_lsn()"
+        (before,) = db.execute(here).fetchone()
+        call()
+        (growth,) = db.execute(f"SELECT ({here}) - %s::pg_lsn", (before,)).fetchone()
+        return growth
+
+    with wire.counted() as counts:
+        assert durable.run("a", work, 3, 10) == result
+    assert counts == {"round trips": 1, "transactions": 1}
+    assert min(written(lambda: durable.run("a", work, 3, 10)) for _ in range(100)) == 0
+    new = iter(range(100))
+    assert min(written(lambda: durable.run(f"b-{next(new)}", work, 0, 0)) for _ in range(100)) > 0
+
+
+# -- the statements ------------------------------------------------------------------------
+
+WRITES = [
+    *("save", "create", "begin", "write", "fold", "append", "finish", "finish_and_fold"),
+    *("discard", "delete", "seize", "cancel", "signal", "acquire", "contest", "take_over"),
+    *("renew", "release"),
+]
+READS_AND_HOUSEKEEPING = [
+    *("load", "exists", "signal_for", "held", "now", "list", "details", "pending", "stats"),
+    *("prunable", "delete_many", "sweep_journal", "sweep_locks"),
+    *("tables_exist", "schema_exists", "serialize_ddl"),
+]
+TABLES = {"snaps": "id", "snaps_steps": "id", "locks": "workflow_id"}
+
+
+def composed(journal: bool) -> Statements:
+    return compose("snaps", "locks", None, journal=journal)
+
+
+statements = pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        pytest.param(name, getattr(composed(journal), name).decode(), id=f"{name}-{journal}")
+        for name in WRITES
+        for journal in (True, False)
+    ],
+)
+
+
+def test_every_statement_is_judged_here() -> None:
+    """A new one has to be put into one of the two lists."""
+    named = {
+        name: value
+        for name, value in asdict(composed(True)).items()
+        if isinstance(value, (bytes, tuple))
+    }
+    assert sorted(named) == sorted(WRITES + READS_AND_HOUSEKEEPING)
+    changing = re.compile(rb"\b(INSERT|UPDATE|DELETE)\b")
+    changes = {
+        name for name in READS_AND_HOUSEKEEPING if changing.search(repr(named[name]).encode())
+    }
+    assert changes == {"delete_many", "sweep_journal", "sweep_locks"}
+
+
+@statements
+def test_every_write_names_exactly_one_id(name: str, text: str) -> None:
+    """Whatever table a part of it reads or changes, it does so for ``%(id)s``: so the tables can
+    be distributed by it."""
+    assert "%(ids)s" not in text
+    for part in parts_with_a_table(text):
+        table = re.search(r'(?:FROM|INTO|UPDATE) "(\w+)"', part)[1]
+        if "INSERT" in part:
+            columns, values = re.search(r"\(([\w, ]+)\) (?:SELECT|VALUES) ?\(?(.*)", part).groups()
+            assert columns.split(", ")[0] == TABLES[table]
+            assert values.startswith("%(id)s") or (name == "save" and values.startswith("id,"))
+        else:
+            assert re.search(rf"WHERE (\w\.)?{TABLES[table]} = %\(id\)s( |\)|$)", part), part
+
+
+def parts_with_a_table(text: str) -> list[str]:
+    """Cut a statement before each verb; keep what names a table."""
+    parts = re.split(r"(?=\b(?:SELECT|INSERT INTO|DELETE FROM|UPDATE (?!SET))\b)", text)
+    merged: list[str] = []
+    for part in parts:
+        if merged and merged[-1].startswith("INSERT") and "VALUES" not in merged[-1]:
+            merged[-1] += part  # INSERT ... SELECT
+        else:
+            merged.append(part)
+    return [part for part in merged if re.search(r'(FROM|INTO|UPDATE) "', part)]
+
+
+@statements
+def test_no_write_asks_for_a_time_that_stands_still(name: str, text: str) -> None:
+    """``now()`` is that of the beginning of the caller's transaction; Citus refuses it besides."""
+    assert not re.search(
+        r"\b(now\(\)|current_timestamp|localtimestamp|transaction_timestamp|"
+        r"statement_timestamp)",
+        text,
+        re.IGNORECASE,
+    )
+
+
+@statements
+def test_rows_are_locked_by_their_id_only(name: str, text: str) -> None:
+    """Citus knows then which node to ask."""
+    for clause in re.findall(r"WHERE ((?:(?!WHERE).)*) FOR UPDATE", text):
+        assert clause.startswith("workflow_id = %(id)s")
+    assert text.count("FOR UPDATE") == len(re.findall(r"WHERE (?:(?!WHERE).)* FOR UPDATE", text))
