@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta, timezone
 from typing import Any, Concatenate, Literal, ParamSpec, Protocol, TypeVar
 
@@ -192,7 +192,8 @@ class Run:
     _in_order: list[str] = field(factory=list)  # ... by the workflow's own thread, not yet asked
     _unordered: set[str] = field(factory=set)  # ... elsewhere (threads, Node), not yet asked
     _had_threads: bool = False
-    _asked: set[str] = field(factory=set)
+    _restored: WorkflowSnapshot | None = None
+    _asked: dict[str, int] = field(factory=dict)  # in order, with the thread
     _failures: dict[str, BaseException] = field(factory=dict)
     _seq: int = 0
     _live: bool = False
@@ -200,8 +201,9 @@ class Run:
     _own_thread: int = field(factory=threading.get_ident)
     _changed: threading.Condition = field(factory=threading.Condition)
 
-    def restore(self, snapshot: WorkflowSnapshot) -> None:
-        """Take over what an earlier run has recorded."""
+    def restore(self, snapshot: WorkflowSnapshot, retried: Collection[str] = ()) -> None:
+        """Take over what an earlier run has recorded, but for the failures to be ``retried``."""
+        self._restored = snapshot
         recorded = snapshot.to_json()["steps"]
         self.steps = {key: _json.dumps(step) for key, step in recorded.items()}
         metas = {key: step.get("meta") or {} for key, step in recorded.items()}
@@ -209,7 +211,7 @@ class Run:
         self._seq = max(seqs.values(), default=0)
         if self._seq:
             self.last_key = max(seqs, key=seqs.__getitem__)
-        self._replayable = set(recorded) - _to_be_retried(snapshot, recorded, metas, seqs)
+        self._replayable = set(recorded) - _marked_as_the_end(recorded, metas, seqs) - set(retried)
         parallel = {key for key in self._replayable if metas[key].get("parallel")}
         self._had_threads = bool(parallel)
         self._unordered = parallel | {key for key in self._replayable if not seqs[key]}
@@ -224,9 +226,26 @@ class Run:
             }
 
     def run(self, fn: Callable[Concatenate[Step, ...], T], args: Any, kwargs: Any) -> T:
-        """Call ``fn`` with a `Step`, and see that it asks for all that is recorded."""
+        """Call ``fn`` with a `Step`, and see that it asks for all that is recorded.
+
+        A crash leaves open whether the workflow had caught the last recorded failure. So it is
+        replayed; if the workflow ends with it then, before anything new has run, it was the end,
+        and the function is called once more to try that step again.
+        """
         self._own_thread = threading.get_ident()
         self.emit("run_started")
+        try:
+            return self._call(fn, args, kwargs)
+        except Exception as error:
+            ended_with = set() if self._live or self._interrupted else set(self._blamed(error))
+            if self._restored is None or not ended_with:
+                raise
+        self._asked.clear()
+        self._failures.clear()
+        self.restore(self._restored, ended_with)
+        return self._call(fn, args, kwargs)
+
+    def _call(self, fn: Callable[Concatenate[Step, ...], T], args: Any, kwargs: Any) -> T:
         try:
             result = fn(Step(self), *args, **kwargs)
             if (unreached := self._unreached()) and self.on_drift == "error":
@@ -322,14 +341,25 @@ class Run:
 
     def blame(self, error: BaseException) -> None:
         """Mark the step whose failure ended the run, so that the next run tries it again."""
+        for key in self._blamed(error):
+            step = _json.loads(self.steps[key])
+            step["meta"] = {**(step.get("meta") or {}), "ended": True}
+            self.steps[key] = _json.dumps(step)
+
+    def _blamed(self, error: BaseException) -> list[str]:
+        """Return the steps whose failures ``error`` is, or comes from; several for a group.
+
+        Not one after which the workflow's own thread has asked for another step, to clean up: it
+        has moved past it, and what it recorded then could not be asked for before a new try.
+        """
+        blamed: list[str] = []
+        own = [key for key, thread in self._asked.items() if thread == self._own_thread]
         for cause in _failure.chain(error):
             keys = [key for key, failure in self._failures.items() if failure is cause]
-            for key in keys:
-                step = _json.loads(self.steps[key])
-                step["meta"] = {**(step.get("meta") or {}), "ended": True}
-                self.steps[key] = _json.dumps(step)
+            blamed += [key for key in keys if key not in own[:-1]]
             if keys and not hasattr(error, "exceptions"):
-                return
+                break
+        return blamed
 
     def steps_json(self) -> str:
         """Return all steps as the text of one JSON object."""
@@ -361,7 +391,7 @@ class Run:
                 raise self._interrupted
             if key in self._asked:
                 raise self._interrupt(DuplicateStepKey(self.id, key))
-            self._asked.add(key)
+            self._asked[key] = threading.get_ident()
             if key in self._replayable:
                 self._reach(key)
                 return self.steps[key]
@@ -514,31 +544,15 @@ def _positive(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _to_be_retried(
-    snapshot: WorkflowSnapshot,
-    recorded: Mapping[str, Any],
-    metas: Mapping[str, Any],
-    seqs: Mapping[str, int],
+def _marked_as_the_end(
+    recorded: Mapping[str, Any], metas: Mapping[str, Any], seqs: Mapping[str, int]
 ) -> set[str]:
-    """Tell which recorded failures the next run tries again: those that ended the last one.
-
-    A run that ended said so itself, in ``meta.ended``. After a crash it is the failure that nothing
-    was recorded after: if the workflow had caught it, it had not yet got anywhere, such as to a
-    wait. Either is final if the workflow's own thread has recorded a step since, to clean up: that
-    one could not be asked for again. Node's rows have neither mark; there it is the last step, or
-    without that every failure.
-    """
-    failed = {key for key, step in recorded.items() if not step["ok"]}
-    if not any(seqs.values()):
-        last = (snapshot.metadata or {}).get("lastStepKey", snapshot.execution.current_step_id)
-        return {key for key in failed if last is None or key == last}
-    waits = (snapshot.metadata or {}).get("waits")
-    crashed = snapshot.execution.status == "running" and not waits
-    newest = max(seqs.values())
+    """Return the failures that the last run has marked as its end and that still are."""
     own_newest = max((s for key, s in seqs.items() if not metas[key].get("parallel")), default=0)
     return {
         key
-        for key in failed
-        if (metas[key].get("ended") and (metas[key].get("parallel") or seqs[key] == own_newest))
-        or (crashed and seqs[key] == newest)
+        for key, step in recorded.items()
+        if not step["ok"]
+        and metas[key].get("ended")
+        and (metas[key].get("parallel") or seqs[key] == own_newest)
     }
