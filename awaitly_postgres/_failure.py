@@ -94,9 +94,11 @@ def _fits(value: Any) -> bool:
 
 
 def _cause(error: BaseException, depth: int = 0) -> dict[str, Any]:
-    stack = "".join(
-        traceback.format_exception(type(error), error, error.__traceback__, chain=False)
-    )
+    # The user's frames: ours, between the workflow and its step, tell nobody anything.
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in _OURS]
+    stack = f"Traceback (most recent call last):\n{''.join(traceback.format_list(frames))}"
+    with suppress(Exception):  # its own code makes the last lines
+        stack += "".join(traceback.format_exception_only(type(error), error))
     cause: dict[str, Any] = {
         "type": "error",
         "name": type(error).__name__,
