@@ -239,7 +239,7 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
         ),
         lock_table: text(
             "CREATE TABLE IF NOT EXISTS {lock} (\n"
-            "  workflow_id TEXT PRIMARY KEY,\n"
+            '  workflow_id TEXT COLLATE "C" PRIMARY KEY,\n'
             "  owner_token TEXT NOT NULL,\n"
             "  expires_at TIMESTAMPTZ NOT NULL\n);\n"
         ),

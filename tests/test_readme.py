@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import logging
+import os
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,8 @@ from typing import Any
 import psycopg
 import pytest
 from attrs import fields, frozen
+from click.testing import CliRunner
+from django.db.backends.postgresql.features import DatabaseFeatures
 
 import awaitly_postgres
 from awaitly_postgres import (
@@ -24,9 +30,47 @@ from awaitly_postgres import (
     postgres,
     validate_snapshot,
 )
+from awaitly_postgres.cli import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHOP = ROOT / "examples" / "django_shop"
+
+# What its reader would do with what a section defines: send requests, run pytest.
+AFTERWARDS = {
+    "Django": """
+from uuid import UUID
+
+tea = Product.objects.create(name="tea", cents=450, stock=3)
+accept(Order(id=UUID(int=7), product=tea, quantity=2))
+assert [(o.status, o.result) for o in durable.resume_pending()] == [("completed", 900)]
+tea.refresh_from_db()
+assert tea.stock == 1
+durable.store.close()
+""",
+    "Flask": """
+client, url = app.test_client(), "/checkouts/00000000-0000-0000-0000-000000000007"
+answers = [client.post(url, data={"item": item}) for item in ("tea", "tea", "pot")]
+assert [answer.status_code for answer in answers] == [200, 200, 422]
+assert answers[1].json == {"item": "tea"}
+with store.lock("checkout:00000000-0000-0000-0000-000000000008"):
+    assert client.post(url[:-1] + "8", data={"item": "tea"}).status_code == 409
+""",
+    "Recipes": """
+import threading
+from concurrent.futures import TimeoutError
+
+with pytest.MonkeyPatch.context() as monkeypatch:
+    test_declined_card_is_charged_again_later(monkeypatch)
+
+gate = threading.Event()
+with pytest.raises(TimeoutError):
+    within(0.01, gate.wait)
+gate.set()
+
+observe(Event("step_failed", "checkout", None, "charge-card", 0.5, ValueError("no")))
+""",
+}
 
 
 @frozen
@@ -62,31 +106,63 @@ def commands() -> list[list[str]]:
     text = "".join(block.text for block in blocks_in("console"))
     lines = re.findall(r"^\$ (.+)$", text, re.M)
     assert len(lines) == len(text.splitlines()), "a console block has more than commands in it"
-    return [command.split() for line in lines for command in line.split(" && ")]
+    for block in blocks_in("crontab"):
+        lines += re.findall(r"^(?:\S+ +){5}(.+)$", block.text, re.M)
+    split = [shlex.split(command) for line in lines for command in line.split(" && ")]
+    return [words[words[0].startswith("DATABASE_URL=") :] for words in split]
 
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
     """No block escapes the tests below by its language."""
     assert README.count("```") == 2 * len(BLOCKS)
-    assert {b.language for b in BLOCKS} == {"python", "sql", "json", "console", "crontab"}
+    assert {b.language for b in BLOCKS} == {"python", "sql", "json", "console", "crontab", "text"}
 
 
 @pytest.mark.parametrize("section", dict.fromkeys(b.section for b in blocks_in("python")))
-def test_python_runs(section: str, url: str) -> None:
+def test_python_runs(section: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
     """The blocks of a section run in order, and each ``expression  # -> value`` is so."""
+    if section == "Django":
+        run_in_the_shop(source(section, url), url)
+        return
     namespace: dict[str, Any] = {"__name__": "readme", "is_": is_}
     try:
-        for block in blocks_in("python"):
-            if block.section == section:
-                code = re.sub(r'"(postgresql://[^"]*|embedded)"', lambda _: repr(url), block.text)
-                code = re.sub(r"^( *)(\S.*?)  # -> (.+)$", r"\1is_(\2, \3)", code, flags=re.M)
-                # Padded, so that a traceback shows the line of the README.
-                padded = "\n" * (block.line - 1) + code
-                exec(compile(padded, "README.md", "exec"), namespace)  # noqa: S102
+        exec(compile(source(section, url), "README.md", "exec", dont_inherit=True), namespace)  # noqa: S102
     finally:
         for value in namespace.values():
             if isinstance(value, SnapshotStore):
                 value.close()
+    # Errors in on_event are logged, not raised.
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def source(section: str, url: str) -> str:
+    """Return the Python of a section, each line where it is in the README."""
+    code = ""
+    for block in blocks_in("python"):
+        if block.section == section:
+            code += "\n" * (block.line - 1 - code.count("\n")) + block.text
+    code = re.sub(r'"(postgresql://[^"]*|embedded)"', lambda _: repr(url), code)
+    code = re.sub(r"^( *)(\S.*?)  # -> (.+)$", r"\1is_(\2, \3)", code, flags=re.M)
+    return code + AFTERWARDS.get(section, "")
+
+
+def run_in_the_shop(code: str, url: str) -> None:
+    """Run code as a module of the Django example, whose models it imports."""
+    wanted = DatabaseFeatures.minimum_database_version[0]
+    with psycopg.connect(url) as conn:
+        if conn.info.server_version < wanted * 10_000:
+            pytest.skip(f"this Django wants PostgreSQL {wanted}")
+    setup = (
+        "import django; django.setup(); from django.core.management import call_command; "
+        "call_command('migrate', verbosity=0); __package__ = 'shop'"
+    )
+    subprocess.run(
+        [sys.executable, "-c", setup + code],
+        cwd=SHOP,
+        env={**os.environ, "DJANGO_SETTINGS_MODULE": "shop.settings", "DATABASE_URL": url},
+        check=True,
+        timeout=60,
+    )
 
 
 def is_(actual: object, expected: object) -> None:
@@ -97,6 +173,20 @@ def is_(actual: object, expected: object) -> None:
 def test_schema_is_the_one_that_is_made(store: SnapshotStore) -> None:
     """The DDL on the page is the DDL that the store would run."""
     assert store.ddl() in [block.text for block in blocks_in("sql")]
+
+
+# What Citus asks of these calls: the column is in the primary key, and tables that lie together
+# have the same type and collation there.
+CITUS = """
+CREATE FUNCTION create_distributed_table(regclass, text, colocate_with text DEFAULT NULL)
+RETURNS boolean LANGUAGE sql AS $$
+  SELECT attnum = ANY (SELECT unnest(conkey) FROM pg_constraint
+                       WHERE conrelid = $1 AND contype = 'p')
+     AND ($3 IS NULL OR (atttypid, attcollation) = (
+         SELECT atttypid, attcollation FROM pg_attribute
+         WHERE attrelid = $3::regclass AND attname = 'id'))
+  FROM pg_attribute WHERE attrelid = $1 AND attname = $2
+$$"""
 
 
 def test_sql_finds_something(
@@ -110,12 +200,14 @@ def test_sql_finds_something(
     durable.run("checkout-123", checkout, 2)
     with pytest.raises(ZeroDivisionError):
         durable.run("checkout-124", checkout, 0)
+    db.execute(CITUS)
     statements = [s for block in blocks_in("sql") for s in block.text.split(";\n") if s.strip()]
     with store.lock("checkout-125"):
         answers = [db.execute(statement) for statement in statements]
     found = [cursor.fetchall() for cursor in answers if cursor.description]
-    assert len(found) == 5
+    assert len(found) == 8
     assert all(found)
+    assert [(False,)] not in found, "Citus would refuse this"
 
 
 def test_snapshot_on_the_page_is_valid() -> None:
@@ -127,22 +219,73 @@ def test_snapshot_on_the_page_is_valid() -> None:
         assert f"`{name}`" in README
 
 
-def test_commands_exist() -> None:
-    """Every program is there or comes with an extra, and every file that is named exists."""
-    for program, *words in commands():
-        name = program.removeprefix(".venv/bin/")
-        if program.startswith((".ci/", "examples/")):
-            words.append(program)
-        elif name != "python3":
-            beside_python = Path(sys.executable).with_name(name)
-            module = importlib.util.find_spec(name)
-            assert beside_python.exists() or shutil.which(name) or module, program
-        for word in words:
-            if "/" in word and "://" not in word:
-                assert (ROOT / word).exists(), word
-    for block in blocks_in("crontab"):
-        (script,) = re.findall(r"\w+\.py", block.text)
-        assert (ROOT / "examples" / script).exists()
+@pytest.mark.parametrize("command", commands(), ids=shlex.join)
+def test_command_exists(command: list[str]) -> None:
+    """The program is there or comes with an extra; what is handed to it exists."""
+    program, *words = command
+    name = Path(program).name
+    if name in ("cd", "export"):
+        return  # of the shell
+    assert (
+        Path(sys.executable).with_name(name).exists()
+        or shutil.which(name)
+        or importlib.util.find_spec(name)
+        or (ROOT / program).exists()
+    )
+    if name == "awaitly-postgres":
+        given = cli.commands[words[0]].params + cli.params
+        options = {option for parameter in given for option in parameter.opts}
+        assert {word for word in words if word.startswith("--")} <= options
+    elif name == "gunicorn":
+        module, _, attribute = words[-1].partition(":")
+        assert hasattr(example(module), attribute)
+    elif name == "flask":
+        assert words[-1] in example(words[words.index("--app") + 1]).app.cli.commands
+    elif words[:1] == ["manage.py"]:
+        made = ROOT / "awaitly_postgres/contrib/django/management/commands" / f"{words[1]}.py"
+        assert (SHOP / "manage.py").exists()
+        assert made.exists()
+    elif words and words[0].endswith(".py"):
+        assert (ROOT / words[0]).exists() or (ROOT / "examples" / words[0]).exists()
+
+
+def example(name: str) -> Any:
+    """Import a file of the examples; none of them connects by that."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_line_is_explained() -> None:
+    """Each command has its place in the table."""
+    section = README.partition("\n## Command Line\n")[2].partition("\n## ")[0]
+    table = " ".join(re.findall(r"^\| (`.+?) \|", section, re.M))
+    assert set(re.findall(r"`([a-z]+)", table)) == set(cli.commands)
+
+
+def test_output_on_the_page_is_what_is_printed(durable: Durable, url: str) -> None:
+    """The columns of `list`, and the lines above the timeline of `show`."""
+
+    def checkout(step: Step, order: str) -> None:
+        step("fetch-user", str.upper, order)
+        step("charge-card", int, order)
+
+    with pytest.raises(ValueError, match="invalid literal"):
+        durable.run("checkout-125", checkout, "125x")
+    listing, timeline = (block.text for block in blocks_in("text"))
+
+    def printed(*arguments: str) -> str:
+        run = CliRunner().invoke(cli, ["--url", url, *arguments], catch_exceptions=False)
+        assert run.exit_code == 0
+        return run.stdout
+
+    assert printed("list").split("\n")[0].split() == listing.split("\n")[0].split()
+
+    labels = re.compile(r"^(\w+) {2}|^([✓✗] charge-card) {2}", re.M)
+    assert labels.findall(printed("show", "checkout-125")) == labels.findall(timeline) != []
 
 
 def test_links_lead_somewhere() -> None:
