@@ -32,6 +32,7 @@ Row = tuple[Any, ...]
 
 CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
 _PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
+_SILENCE = 30  # seconds after which a connection that nothing comes through is given up
 _DDL_PATIENCE = "5s"  # to wait for others who make the tables
 
 # SQLSTATE classes and codes of what passes by itself: connection lost, transaction rolled back
@@ -220,8 +221,13 @@ class Database:
     def _make_pool(self) -> ConnectionPool[Any]:
         conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
         known = _parse(conninfo or "")
-        defaults = {"connect_timeout": CONNECT_TIMEOUT, "client_encoding": "utf8"}
-        defaults["fallback_application_name"] = "awaitly_postgres"
+        defaults = {
+            "connect_timeout": CONNECT_TIMEOUT,
+            "tcp_user_timeout": _SILENCE * 1000,  # ms: a network that swallows everything
+            "keepalives_idle": _SILENCE,
+            "client_encoding": "utf8",
+            "fallback_application_name": "awaitly_postgres",
+        }
         kwargs = {k: v for k, v in defaults.items() if k not in known}
         kwargs |= {**self._kwargs, "autocommit": True}
         pool: ConnectionPool[Any] = ConnectionPool(

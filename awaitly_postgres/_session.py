@@ -79,6 +79,8 @@ class Session:
     entry: Entry
     input: str  # JSON text
     attempts: int = 0
+    end: EventType | None = None  # None: it has not come to run
+    _failures: int = 0  # since the run last suspended itself
     _key: str = field(init=False)
     _run: Run = field(init=False)
     _token: str = field(init=False, factory=leases.new_token)
@@ -152,14 +154,15 @@ class Session:
         if unless_touched_since is not None and (
             stored is None or moment(rows[0][2]) != unless_touched_since
         ):
-            raise TouchedMeanwhile
+            raise TouchedMeanwhile(f"another process has worked on {self.id!r} just now")
         if stored is not None and self._is_finished(stored):
             return stored
         if stored is not None:
             self.attempts = _count((stored.metadata or {}).get("attempts")) + 1
+            self._failures = _count((stored.metadata or {}).get("failures"))
             stored = self._at_our_version(stored)
         if stored is None:
-            self.attempts = 1
+            self.attempts, self._failures = 1, 0
             self.begin()
         else:
             self._stored = stored
@@ -214,8 +217,8 @@ class Session:
 
     def _execute(self) -> Any:
         run, lease, codec = self._run, self._held, self.policy.codec
-        end: EventType = "run_stopped"
         failure: BaseException | None = None
+        self.end = "run_stopped"
         leases.keep_renewed(lease)
         try:
             try:
@@ -224,10 +227,10 @@ class Session:
                 result = run.run(self.entry.fn, args, kwargs)
                 output = encode(codec, result, f"the output of workflow {self.entry.name!r}")
             except BaseException as error:
-                end = self._end(error)
+                self.end = self._end(error)
                 raise
             self._finish(self._document("completed", output=output))
-            end = "run_completed"
+            self.end = "run_completed"
         except BaseException as error:
             failure = error
             if isinstance(error, LeaseLost):
@@ -235,7 +238,7 @@ class Session:
             raise
         finally:
             leases.stop_renewing(lease)
-            run.emit(end, error=failure)
+            run.emit(self.end, error=failure)
         return self._decode_output(_json.as_stored(output))
 
     def _end(self, error: BaseException) -> EventType:
@@ -251,7 +254,8 @@ class Session:
             ours and isinstance(error, (WorkflowDrift, StoreError))
         ):
             self._run.blame(error)
-            pause = min(2.0 ** min(self.attempts - 1, 12), LONGEST_PAUSE)
+            self._failures += 1
+            pause = min(2.0 ** min(self._failures - 1, 12), LONGEST_PAUSE)
             self._finish(self._document("failed", failure=error), pause)
             return "run_failed"
         self._release()  # after Ctrl-C and the like, another process may go on at once
@@ -421,8 +425,10 @@ class Session:
             # A run that waits has not failed; its next start is the first of a new count.
             "attempts": 0 if suspended else self.attempts,
         }
-        for of_this_moment in ("input", "output", "failure", "waits", "wakeAt"):
+        for of_this_moment in ("input", "output", "failure", "failures", "waits", "wakeAt"):
             metadata.pop(of_this_moment, None)
+        if self._failures and status != "completed" and not suspended:
+            metadata["failures"] = self._failures
         if last is not None:
             metadata["lastStepKey"] = last
         if failure is not None:

@@ -37,7 +37,6 @@ from .errors import (
     WorkflowCancelled,
     WorkflowDrift,
     WorkflowNotFound,
-    WorkflowSuspended,
 )
 from .lease import DEFAULT_TTL, check_ttl
 from .snapshot import timestamp
@@ -50,6 +49,7 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 _PAGE = 100
+_TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
 _REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # nothing has run
 
 
@@ -383,20 +383,23 @@ class Durable:
 
     def _attempt(self, id: str, seen: datetime) -> Outcome:
         """Resume ``id`` unless somebody has touched it since it was ``seen``."""
-        run: Session | None = None
+        session: Session | None = None
         try:
-            run = self._resumable(id)
-            result = run.start(unless_touched_since=seen)
-            return Outcome(id, "completed", result, None, run.attempts)
-        except StoreUnavailable:
-            raise
-        except (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled) as error:
-            attempts = run.attempts if run else 0
-            return Outcome(id, "skipped", None, error, attempts)
-        except WorkflowSuspended as error:
-            return Outcome(id, "suspended", None, error, run.attempts if run else 0)
+            session = self._resumable(id)
+            result = session.start(unless_touched_since=seen)
+            return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
-            return Outcome(id, "failed", None, error, run.attempts if run else 0)
+            end = session and session.end
+            attempts = session.attempts if session else 0
+            if end == "run_suspended":
+                return Outcome(id, "suspended", None, error, attempts)
+            # What a failed run has raised is its own affair, even if it looks like one of these.
+            if end != "run_failed":
+                if isinstance(error, StoreUnavailable):
+                    raise
+                if isinstance(error, _TAKEN):
+                    return Outcome(id, "skipped", None, error, attempts)
+            return Outcome(id, "failed", None, error, attempts)
 
 
 @define

@@ -1,7 +1,7 @@
 """A real PostgreSQL for every test: yours, one in Docker, or the embedded wheel; in that order.
 
-``--postgres-url`` or ``$DATABASE_URL`` names yours; its role must be a superuser, for the tests that
-make roles and databases. Every test works in a schema of its own, which is dropped afterwards.
+``--postgres-url`` or ``$DATABASE_URL`` names yours; its role must be a superuser, for the tests
+that make roles and databases. Every test works in a schema of its own, dropped afterwards.
 """
 
 from __future__ import annotations

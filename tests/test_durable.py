@@ -420,19 +420,23 @@ def test_resume_pending_takes_the_longest_untouched_of_a_prefix_first(
 
 
 @pytest.mark.parametrize(
-    ("attempt", "pause"), [(1, 1), (2, 2), (3, 4), (12, 2048), (13, 3600), (5000, 3600)]
+    ("failures", "pause"), [(1, 1), (2, 2), (3, 4), (12, 2048), (13, 3600), (5000, 3600)]
 )
 def test_pause_after_a_failure_grows_by_the_servers_clock(
-    durable: Durable, work: Work, db: DB, slow_clock: None, attempt: int, pause: int
+    durable: Durable, work: Work, db: DB, slow_clock: None, failures: int, pause: int
 ) -> None:
-    """Each failed start doubles the pause up to an hour, however wrong the client's clock is."""
+    """Each failure doubles the pause up to an hour, however wrong the client's clock is.
+
+    Crashes count as attempts, but do not make the pause longer.
+    """
 
     durable.submit("id", durable.workflow(name="w")(steps(work, "a")))
-    set_metadata(db, "id", "attempts", str(attempt - 1))
+    set_metadata(db, "id", "attempts", "40")
+    set_metadata(db, "id", "failures", str(failures - 1))
     work.faults = {"a": Outage}
     with pytest.raises(Outage):
         durable.resume("id")
-    assert metadata(db, "id")["attempts"] == attempt
+    assert (metadata(db, "id")["attempts"], metadata(db, "id")["failures"]) == (41, failures)
     assert abs(seconds_until_due(db, "id") - pause) < 0.5
     assert durable.store.load("id").execution.last_updated < metadata(db, "id")["wakeAt"]
 
@@ -1358,3 +1362,17 @@ def test_codec_that_cannot_decode_loses_nothing(store: SnapshotStore, work: Work
     codec.fails_to_decode = None
     assert durable.resume("id") == ["a done", "b done"]
     assert work.ran == ["a", "b"]
+
+
+def test_trouble_of_a_nested_run_is_a_failure_of_the_outer_one(durable: Durable) -> None:
+    """Somebody else has the inner id; the outer run has failed by it, and was not skipped."""
+
+    @durable.workflow
+    def outer(step: Step) -> Any:
+        return step("inner", durable.run, "inner", lambda step: None)
+
+    durable.submit("outer", outer)
+    with durable.store.lock("inner"):
+        (outcome,) = durable.resume_pending()
+    assert (outcome.status, type(outcome.error)) == ("failed", AlreadyRunning)
+    assert durable.store.load("outer").execution.status == "failed"

@@ -1,0 +1,220 @@
+"""What is looked at when the faults are over: the database, and the notes of the workers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, defaultdict
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import psycopg
+
+from awaitly_postgres import Durable, postgres
+
+from . import worker
+from .worker import value_of
+
+SCHEMA = """
+CREATE TABLE effects (id text, key text, token text);
+CREATE TABLE audit (
+  seq bigserial PRIMARY KEY, tx bigint DEFAULT txid_current(),
+  id text, what text, who text DEFAULT current_setting('application_name'), token text
+);
+CREATE FUNCTION note_write() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  INSERT INTO audit (id, what) VALUES (NEW.id, 'write'); RETURN NULL;
+END $$;
+CREATE FUNCTION note_lease() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  IF TG_OP = 'DELETE' THEN
+    INSERT INTO audit (id, what, token) VALUES (OLD.workflow_id, 'free', OLD.owner_token);
+  ELSE
+    INSERT INTO audit (id, what, token) VALUES (NEW.workflow_id, 'hold', NEW.owner_token);
+  END IF;
+  RETURN NULL;
+END $$;
+CREATE TRIGGER note AFTER INSERT OR UPDATE ON awaitly_snapshots
+  FOR EACH ROW EXECUTE FUNCTION note_write();
+CREATE TRIGGER note AFTER INSERT OR UPDATE ON awaitly_snapshots_steps
+  FOR EACH ROW EXECUTE FUNCTION note_write();
+CREATE TRIGGER note AFTER INSERT OR UPDATE OR DELETE ON awaitly_workflow_lock
+  FOR EACH ROW EXECUTE FUNCTION note_lease();
+"""
+
+
+@dataclass
+class Row:
+    """One line of the report. ``paused`` and ``repeated`` may be; all after must be nought."""
+
+    fault: str
+    injections: int = 0
+    workflows: int = 0
+    acknowledged: int = 0
+    paused: int = 0  # failed after so many starts that their pause outlasted the test
+    repeated: int = 0  # bodies that ran again, their first run not having been recorded
+    lost: int = 0  # acknowledged, and not stored or stored otherwise
+    doubled: int = 0  # acknowledged with two results, or an effect that is not there once
+    unfinished: int = 0
+    overlaps: int = 0  # writes accepted from somebody who did not own the id
+    leftovers: int = 0  # lock rows, journal rows, connections, threads
+    broke: int = 0  # workers that met what they should not
+    seconds: float = 0.0
+    remarks: list[str] = field(default_factory=list)
+    not_made: str = ""  # why this fault cannot be made here
+
+    @property
+    def flaws(self) -> int:
+        wrong = self.lost + self.doubled + self.unfinished
+        return wrong + self.overlaps + self.leftovers + self.broke
+
+    def remark(self, text: str) -> None:
+        if len(self.remarks) < 20:
+            self.remarks.append(text[:500])
+
+
+def prepare(url: str) -> None:
+    """Make the tables, and the triggers that note who writes under whose lease."""
+    with postgres(url) as store:
+        store.create_tables()
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute(SCHEMA)
+
+
+def check(row: Row, url: str, folder: Path) -> None:
+    """Fill in what was found."""
+    _resume_paused(row, url, folder)
+    ran: Counter[tuple[str, str]] = Counter()
+    got: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for line in (folder / "log").read_text().splitlines():
+        pid, what, *words = line.split(" ")
+        if what in ("ran", "got"):
+            id, key, token = words
+            if what == "got":
+                got[id, key].add(token)
+            else:
+                ran[id, key] += 1
+        elif what == "broke":
+            row.broke += 1
+            row.remark(f"worker {pid} broke: {' '.join(words)}")
+        elif what == "forked" and words[1] != "0":
+            row.broke += 1
+            row.remark(f"worker {pid}: its child ({words[0]}) ended with {words[1]}")
+        elif what == "thread":
+            row.leftovers += 1
+            row.remark(f"worker {pid} has left the thread {words[0]}")
+    row.acknowledged = len(got)
+    row.repeated = sum(times - 1 for times in ran.values())
+    _check_steps(row, url, got)
+    with psycopg.connect(url, autocommit=True) as conn:
+        _check_owners(row, conn)
+        _check_leftovers(row, url, conn)
+
+
+def _resume_paused(row: Row, url: str, folder: Path) -> None:
+    """Finish, without waiting, what waits for the next try after a failure."""
+    worker.notes = worker.Notes(str(folder))
+    with postgres(url, max_size=2) as store:
+        durable = Durable(store)
+        durable.workflow(worker.order)
+        now = datetime.now(timezone.utc).isoformat()
+        for info in list(store.iter(status="failed")):
+            if (store.load(info.id).metadata or {})["wakeAt"] > now:
+                row.paused += 1
+                for _ in range(50):  # it may fail again
+                    with suppress(ConnectionResetError):
+                        durable.resume(info.id)
+                        break
+
+
+def _check_steps(row: Row, url: str, got: dict[tuple[str, str], set[str]]) -> None:
+    with postgres(url, max_size=1) as store, psycopg.connect(url, autocommit=True) as conn:
+        stored = {info.id: store.load(info.id) for info in store.iter()}
+        effects: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for id, key, token in conn.execute("SELECT * FROM effects"):
+            effects[id, key].append(token)
+    row.workflows = len(stored)
+    for id, snapshot in stored.items():
+        assert snapshot is not None
+        if snapshot.execution.status != "completed":
+            row.unfinished += 1
+            metadata = snapshot.metadata or {}
+            told = {name: metadata.get(name) for name in ("attempts", "wakeAt", "lastStepKey")}
+            row.remark(f"{id} is {snapshot.execution.status}: {told}")
+            continue
+        # The output is what the last owner of the run was given, step by step.
+        tokens = {key: step.value["token"] for key, step in snapshot.steps.items() if step.ok}
+        output = (snapshot.metadata or {})["output"]
+        if tokens != output:
+            row.lost += 1
+            row.remark(f"{id}: its output is {output} and its steps are {tokens}")
+    for (id, key), tokens_got in got.items():
+        if key == "gift!":  # a failure: may be tried again as long as nothing came after it
+            continue
+        if len(tokens_got) > 1:
+            row.doubled += 1
+            row.remark(f"{id}/{key} was acknowledged as {tokens_got}")
+        snapshot = stored.get(id)
+        step = snapshot.steps.get(key) if snapshot else None
+        token = next(iter(tokens_got))
+        size = len((step.value or {}).get("filler", "")) if step else 0
+        if step is None or step.value != value_of(token, size):
+            row.lost += 1
+            row.remark(f"{id}/{key} was acknowledged as {token} and is {step}")
+    for (id, key), tokens_made in effects.items():
+        snapshot = stored.get(id)
+        step = snapshot.steps.get(key) if snapshot else None
+        if step is None or tokens_made != [step.value["token"]]:
+            row.doubled += 1
+            row.remark(f"{id}/{key} has the effects {tokens_made} and is {step}")
+    for id, snapshot in stored.items():
+        for key in ("pay", "ship"):
+            if snapshot and snapshot.execution.status == "completed" and (id, key) not in effects:
+                row.doubled += 1
+                row.remark(f"{id}/{key} is recorded and has no effect")
+
+
+def _check_owners(row: Row, conn: psycopg.Connection) -> None:
+    """Follow who held each id, and see that all that was written came from the holder."""
+    owner: dict[str, str | None] = {}
+    events = conn.execute("SELECT id, tx, what, who, token FROM audit ORDER BY seq").fetchall()
+    held_in = {(id, tx): token for id, tx, what, _, token in events if what != "write"}
+    for id, tx, what, who, token in events:
+        if what == "hold":
+            owner[id] = token
+        elif what == "free":
+            owner[id] = None
+        elif who != "faults-main":
+            # In the statement that begins or ends a run, the lease comes or goes with the write.
+            holder = owner.get(id) or held_in.get((id, tx))
+            pid = holder.split(":")[1] if holder else None
+            if who != f"faults-{pid}":
+                row.overlaps += 1
+                row.remark(f"{who} wrote {id} that {holder} held")
+
+
+def _check_leftovers(row: Row, url: str, conn: psycopg.Connection) -> None:
+    def count(what: str) -> int:
+        return int(conn.execute(f"SELECT count(*) FROM {what}").fetchone()[0])
+
+    workers = (
+        "pg_stat_activity WHERE application_name LIKE 'faults-%' "
+        "AND application_name <> 'faults-main'"
+    )
+    deadline = time.monotonic() + 10  # a backend takes a moment to notice that its client is gone
+    while count(workers) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    left = {
+        "connections": count(workers),
+        "journal rows": count("awaitly_snapshots_steps"),
+        "leases": count("awaitly_workflow_lock WHERE expires_at > clock_timestamp()"),
+    }
+    # Of a worker killed between taking the lease of a finished run and seeing that it is finished.
+    if stale := count("awaitly_workflow_lock WHERE expires_at <= clock_timestamp()"):
+        row.remark(f"note: {stale} lock rows had run out; prune() swept them")
+    with postgres(url, max_size=1) as store:
+        store.prune(timedelta(0))
+    left["lock rows after prune()"] = count("awaitly_workflow_lock")
+    for what, number in left.items():
+        row.leftovers += number
+        if number:
+            row.remark(f"left over: {number} {what}")

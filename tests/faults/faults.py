@@ -1,0 +1,462 @@
+"""The faults, and the field on which they meet the workers."""
+
+# ruff: noqa: S311 - chance that can be repeated, not secrets
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg.conninfo import make_conninfo
+
+from awaitly_postgres import Durable, postgres
+
+from . import proxy, worker
+from .check import Row, check, prepare
+from .cluster import Cluster, free_port
+from .worker import SHARED, Setup, shared_id
+
+WORKERS = 8
+PATIENCE = 180.0  # seconds for all workflows to end when the faults are over
+OURS = "application_name LIKE 'faults-%' AND application_name <> 'faults-main'"
+LIBFAKETIME = "libfaketime.so.1"
+
+
+class NotHere(Exception):
+    """This fault cannot be made on this machine; says why."""
+
+
+@dataclass
+class Fault:
+    """How one fault is made. ``inject`` is called again and again; returns how many it made."""
+
+    inject: Callable[[Field], int]
+    short: int  # how many injections in a short run
+    long: int
+    own_server: bool = False  # it cannot be made on a server of somebody else
+    before: Callable[[Field], object] = lambda field: None
+    after: Callable[[Field], object] = lambda field: None  # ends the fault; called once
+    pause: float = 0.1  # seconds between two, at most
+    ttl: float = 1.5
+
+
+@dataclass
+class Field:
+    """One scenario: a schema, eight workers, and what is done to them."""
+
+    fault: Fault
+    url: str  # of the server, for us
+    cluster: Cluster | None
+    seed: int
+    folder: Path = field(init=False)
+    chance: random.Random = field(init=False)
+    setup: Setup = field(init=False)
+    schema: str = field(init=False)
+    workers: dict[int, Setup] = field(default_factory=dict)
+    started: int = 0
+    seen: int = 0  # of what happens by itself
+    helpers: list[Any] = field(default_factory=list)
+    standby: Cluster | None = None
+    mount: Path | None = None
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(self.seed)
+        self.folder = Path(tempfile.mkdtemp(prefix="awaitly-faults-"))
+        self.schema = f"faults_{secrets.token_hex(6)}"
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            conn.execute(f"CREATE SCHEMA {self.schema}")
+        url = make_conninfo(self.url, options=f"-c search_path={self.schema}")
+        self.setup = Setup(url, str(self.folder), self.seed, self.fault.ttl)
+        self.url = make_conninfo(url, application_name="faults-main")
+
+    def admin(self) -> psycopg.Connection:
+        return psycopg.connect(self.url, autocommit=True)
+
+    def submit(self) -> None:
+        """Have runs accepted that nobody has started."""
+        with postgres(self.url, max_size=1) as store:
+            durable = Durable(store)
+            for nr in range(SHARED):
+                durable.submit(shared_id(nr), worker.order, shared_id(nr), nr)
+
+    # -- workers ---------------------------------------------------------------------------
+
+    def start_worker(self, **options: object) -> int:
+        """Start one; by fork, for which this process has neither threads nor connections."""
+        self.started += 1
+        setup = replace(self.setup, seed=self.seed * 100_000 + self.started, **options)
+        pid = os.fork()
+        if pid == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            code = 1
+            try:
+                worker.main(setup)
+                code = 0
+            finally:
+                os._exit(code)
+        self.workers[pid] = setup
+        return pid
+
+    def start_worker_at(self, offset: str) -> int:
+        """Start one whose clock is wrong."""
+        self.started += 1
+        setup = replace(self.setup, seed=self.seed * 100_000 + self.started)
+        env = {
+            **os.environ,
+            "LD_PRELOAD": _libfaketime(),
+            "FAKETIME": offset,
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "FAKETIME_NO_CACHE": "1",
+        }
+        command = [sys.executable, "-m", worker.__name__, worker.encode(setup)]
+        pid = os.posix_spawn(sys.executable, command, env)
+        self.workers[pid] = setup
+        return pid
+
+    def any_worker(self) -> int:
+        return self.chance.choice(sorted(self.workers, key=lambda pid: self.workers[pid].seed))
+
+    def fresh(self, total: int) -> int:
+        """Return how many have come since the last call."""
+        since, self.seen = total - self.seen, total
+        return since
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        del self.workers[pid]
+
+    def reap(self) -> list[int]:
+        """Return the workers that have ended by themselves."""
+        ended = [pid for pid in self.workers if os.waitpid(pid, os.WNOHANG)[0]]
+        for pid in ended:
+            del self.workers[pid]
+        return ended
+
+    # -- all of it -------------------------------------------------------------------------
+
+    def play(self, name: str, injections: int) -> Row:
+        row, began = Row(name), time.monotonic()
+        try:
+            prepare(self.url)
+            self.submit()
+            self.fault.before(self)
+            while len(self.workers) < WORKERS:
+                self.start_worker()
+            self.wait_for_work()
+            while row.injections < injections:
+                row.injections += self.fault.inject(self)
+                time.sleep(self.chance.random() * self.fault.pause)
+            self.fault.after(self)
+            (self.folder / "calm").touch()
+            deadline = time.monotonic() + PATIENCE
+            while self.workers and time.monotonic() < deadline:
+                self.reap()
+                time.sleep(0.02)
+            for pid in list(self.workers):
+                row.broke += 1
+                row.remark(f"worker {pid} does not end")
+                self.kill(pid)
+            check(row, self.url, self.folder)
+        finally:
+            self.clear()
+        row.seconds = round(time.monotonic() - began, 1)
+        return row
+
+    def wait_for_work(self) -> None:
+        """Return when something has been acknowledged."""
+        log, deadline = self.folder / "log", time.monotonic() + 60
+        while not (log.exists() and b" got " in log.read_bytes()):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the workers do not work")
+            time.sleep(0.01)
+
+    def clear(self) -> None:
+        for pid in list(self.workers):
+            self.kill(pid)
+        for helper in self.helpers:
+            helper.kill()
+            helper.join()
+        if self.standby is not None:
+            self.standby.remove()
+        if self.cluster is not None:
+            self.cluster.remove()
+        else:
+            with self.admin() as conn:
+                conn.execute(f"DROP SCHEMA {self.schema} CASCADE")
+        if self.mount is not None:
+            subprocess.run(["umount", "-l", self.mount], check=False)
+            self.mount.rmdir()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+# -- processes -----------------------------------------------------------------------------
+
+
+def kill(field: Field) -> int:
+    field.kill(field.any_worker())
+    field.start_worker()
+    return 1
+
+
+def start_mortals(field: Field) -> None:
+    for _ in range(WORKERS - 1):  # and one that lives, or nothing would get far
+        _start_mortal(field)
+
+
+def _start_mortal(field: Field) -> None:
+    # Each statement boundary in turn: before the first, after the first, before the second ...
+    number, after = divmod(field.started, 2)
+    field.start_worker(dies=("after" if after else "before", number % 120 + 1))
+
+
+def boundary(field: Field) -> int:
+    ended = field.reap()
+    for _ in ended:
+        _start_mortal(field)
+    return len(ended)
+
+
+def replace_mortals(field: Field) -> None:
+    for pid in [pid for pid, setup in field.workers.items() if setup.dies]:
+        field.kill(pid)
+        field.start_worker()
+
+
+def slow_down(field: Field) -> None:
+    """Have runs last for longer than a lease, so that a zombie wakes while another is at it."""
+    field.setup = replace(field.setup, slow=0.3)
+
+
+def zombie(field: Field) -> int:
+    """Stop some past the end of their leases, and let them go on."""
+    pids = {field.any_worker() for _ in range(3)}
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(field.fault.ttl * field.chance.uniform(1.5, 3.0))
+    for pid in pids:
+        os.kill(pid, signal.SIGCONT)
+    return len(pids)
+
+
+def start_forking(field: Field) -> None:
+    for _ in range(WORKERS):
+        field.start_worker(forks=True)
+
+
+def fork(field: Field) -> int:
+    """The workers do it by themselves; count."""
+    time.sleep(0.1)
+    return field.fresh((field.folder / "log").read_bytes().count(b" forked "))
+
+
+def start_with_other_clocks(field: Field) -> None:
+    for nr in range(WORKERS):
+        field.start_worker_at(("+3600", "-3600", "+0")[nr % 3])
+
+
+def clock(field: Field) -> int:
+    """Kill one and start another with another time of day."""
+    field.kill(field.any_worker())
+    field.start_worker_at(field.chance.choice(("+3600", "-3600", "+0")))
+    return 1
+
+
+def _libfaketime() -> str:
+    for folder in ("/usr/lib", "/usr/local/lib", "/opt/homebrew/lib"):
+        for found in Path(folder).glob(f"**/faketime/{LIBFAKETIME}"):
+            return str(found)
+    raise NotHere("libfaketime is not installed (Debian: apt-get install faketime)")
+
+
+# -- the server ----------------------------------------------------------------------------
+
+
+def terminate(field: Field) -> int:
+    with field.admin() as conn:
+        backends = conn.execute(f"SELECT pid FROM pg_stat_activity WHERE {OURS}").fetchall()
+        for (pid,) in field.chance.sample(backends, min(3, len(backends))):
+            conn.execute("SELECT pg_terminate_backend(%s)", (pid,))
+        return min(3, len(backends))
+
+
+def restart(mode: str) -> Callable[[Field], int]:
+    def inject(field: Field) -> int:
+        field.cluster.restart(mode)
+        time.sleep(field.chance.uniform(0.1, 0.8))  # for the workers to come back, or not yet
+        return 1
+
+    return inject
+
+
+def few_connections(field: Field) -> None:
+    field.cluster.configure(max_connections="20")
+    field.cluster.restart("fast")
+
+
+def hog_connections(field: Field) -> int:
+    """Take all connections there are, throw the workers out, and hold them for a while."""
+    hogs = []
+    try:
+        with field.admin() as conn:
+            for _ in range(3):
+                conn.execute(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {OURS}")
+                while True:
+                    hogs.append(psycopg.connect(field.url, autocommit=True))
+    except psycopg.OperationalError:
+        time.sleep(field.chance.uniform(0.2, 1.5))
+    finally:
+        for hog in hogs:
+            hog.close()
+    return 1
+
+
+def move_to_small_disk(field: Field) -> None:
+    """Put our tables on a disk of a few megabytes, if disks may be mounted here."""
+    field.mount = Path(tempfile.mkdtemp(prefix="awaitly-disk-"))
+    size = ["-o", "size=64m,mode=777"]
+    done = subprocess.run(["mount", "-t", "tmpfs", *size, "tmpfs", field.mount], check=False)
+    if done.returncode:
+        raise NotHere("a tmpfs cannot be mounted here (needs root)")
+    place = field.mount / "tablespace"
+    place.mkdir()
+    if field.cluster.user:
+        shutil.chown(place, field.cluster.user)
+    with field.admin() as conn:
+        conn.execute(f"CREATE TABLESPACE small LOCATION '{place}'")
+        for table in ("awaitly_snapshots", "awaitly_snapshots_steps", "awaitly_workflow_lock"):
+            conn.execute(f"ALTER TABLE {table} SET TABLESPACE small")
+
+
+def fill_disk(field: Field) -> int:
+    with (field.mount / "ballast").open("ab", buffering=0) as ballast:
+        try:
+            while True:
+                ballast.write(bytes(1 << 14))
+        except OSError:
+            time.sleep(field.chance.uniform(0.5, 1.5))
+    (field.mount / "ballast").unlink()
+    return 1
+
+
+def leave_small_disk(field: Field) -> None:
+    with field.admin() as conn:
+        refused = (field.cluster.folder / "log").read_text().count("No space left on device")
+        if not refused:
+            raise AssertionError("the disk was never full")
+        for table in ("awaitly_snapshots", "awaitly_snapshots_steps", "awaitly_workflow_lock"):
+            conn.execute(f"ALTER TABLE {table} SET TABLESPACE pg_default")
+        conn.execute("DROP TABLESPACE small")
+
+
+def short_sessions(field: Field) -> None:
+    with field.admin() as conn:
+        if conn.info.server_version < 140_000:
+            raise NotHere("idle_session_timeout needs PostgreSQL 14")
+    field.cluster.configure(idle_session_timeout="40ms")
+    field.setup = replace(field.setup, idle=0.15)
+
+
+def idle(field: Field) -> int:
+    time.sleep(0.2)
+    with field.admin() as conn:
+        query = "SELECT sessions_fatal FROM pg_stat_database WHERE datname = current_database()"
+        return field.fresh(conn.execute(query).fetchone()[0])
+
+
+def long_sessions(field: Field) -> None:
+    field.cluster.configure(idle_session_timeout="0")
+
+
+# -- the network and the standby -----------------------------------------------------------
+
+
+def bad_network(*kinds: str) -> Callable[[Field], None]:
+    def before(field: Field) -> None:
+        with field.admin() as conn:
+            target = conn.info.port
+        port = free_port()
+        between = multiprocessing.get_context("fork").Process(
+            target=proxy.run, args=(port, target, kinds, field.seed, str(field.folder))
+        )
+        between.start()
+        field.helpers.append(between)
+        field.setup = replace(
+            field.setup, url=make_conninfo(field.setup.url, host="127.0.0.1", port=port)
+        )
+
+    return before
+
+
+def spoil(field: Field) -> int:
+    """The proxy does it by itself; count."""
+    time.sleep(0.05)
+    return field.fresh(proxy.spoilt(field.folder))
+
+
+def add_standby(field: Field) -> None:
+    field.standby = Cluster()
+    field.standby.bin, field.standby.user = field.cluster.bin, field.cluster.user
+    field.cluster.configure(synchronous_standby_names="*")
+    field.standby.copy_from(field.cluster)
+    field.standby.start()
+    ports = f"{field.cluster.port},{field.standby.port}"
+    both = {"host": "127.0.0.1,127.0.0.1", "port": ports, "target_session_attrs": "read-write"}
+    field.url = make_conninfo(field.url, **both)
+    field.setup = replace(field.setup, url=make_conninfo(field.setup.url, **both))
+
+
+def fail_over(field: Field) -> int:
+    """Kill the primary, promote the standby, and make a new standby where the primary was."""
+    primary, standby = field.cluster, field.standby
+    primary.stop("immediate")
+    standby.promote()
+    primary.copy_from(standby)
+    primary.start()
+    field.cluster, field.standby = standby, primary
+    time.sleep(field.chance.uniform(0.3, 1.0))
+    return 1
+
+
+def remove_standby(field: Field) -> None:
+    field.cluster.configure(synchronous_standby_names="")
+
+
+# -- all together --------------------------------------------------------------------------
+
+
+def mixed(field: Field) -> int:
+    ways = [kill] * 12 + [terminate] * 4 + [zombie] * 2
+    if field.cluster is not None:
+        ways += [restart("immediate"), restart("fast")]
+    return field.chance.choice(ways)(field)
+
+
+FAULTS = {
+    "kill": Fault(kill, 20, 1000),
+    "boundary": Fault(boundary, 40, 1000, before=start_mortals, after=replace_mortals, pause=0.02),
+    "zombie": Fault(zombie, 8, 120, before=slow_down, ttl=1.0),
+    "fork": Fault(fork, 12, 600, before=start_forking),
+    "clock": Fault(clock, 6, 120, before=start_with_other_clocks),
+    "terminate": Fault(terminate, 40, 1500),
+    "immediate restart": Fault(restart("immediate"), 3, 60, own_server=True),
+    "fast restart": Fault(restart("fast"), 3, 60, own_server=True),
+    "connections": Fault(hog_connections, 2, 40, True, before=few_connections),
+    "full disk": Fault(fill_disk, 2, 40, True, before=move_to_small_disk, after=leave_small_disk),
+    "idle session": Fault(idle, 30, 1000, True, before=short_sessions, after=long_sessions),
+    **{f"network {kind}": Fault(spoil, 15, 500, before=bad_network(kind)) for kind in proxy.KINDS},
+    "failover": Fault(fail_over, 1, 20, True, before=add_standby, after=remove_standby),
+    "mixed": Fault(mixed, 12, 1000, before=bad_network(*proxy.KINDS)),
+}

@@ -1,0 +1,78 @@
+"""Nothing is lost, doubled or left over, whatever is done to eight workers.
+
+Each fault is made in processes of its own, on a server of its own: ``python -m tests.faults``.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NOUGHT = ("lost", "doubled", "unfinished", "overlaps", "leftovers", "broke")
+FAULTS = [
+    "kill",
+    "boundary",
+    "zombie",
+    "fork",
+    "clock",
+    "terminate",
+    "immediate restart",
+    "fast restart",
+    "connections",
+    "full disk",
+    "idle session",
+    "network cut",
+    "network delay",
+    "network drop",
+    "network reply",
+    "failover",
+    "mixed",
+]
+
+
+def play(config: pytest.Config, fault: str, *options: str) -> dict[str, Any]:
+    """Make one fault and return its line of the report; print it for ``pytest -rA``."""
+    command = [sys.executable, "-m", "tests.faults", "--json", "--seed", "20261122", *options]
+    for option, value in (
+        ("--postgres-url", config.getoption("--postgres-url")),
+        ("--bin", config.getoption("--postgres-bin", default=None)),
+        ("--long", config.getoption("--long", default=False)),
+    ):
+        if value:
+            command += [option] if value is True else [option, value]
+    with subprocess.Popen(
+        [*command, fault], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        try:
+            out, err = process.communicate()
+        finally:
+            process.terminate()  # it takes its servers and workers with it
+    assert out, err
+    row = json.loads(out)
+    print(row)
+    if row["not_made"]:
+        pytest.skip(row["not_made"])
+    return row
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_nothing_is_lost_or_doubled_and_all_ends_without_help(
+    pytestconfig: pytest.Config, fault: str
+) -> None:
+    """What was acknowledged is stored and equal, and each effect is there once."""
+    row = play(pytestconfig, fault)
+    assert {name: row[name] for name in NOUGHT} == dict.fromkeys(NOUGHT, 0), row["remarks"]
+    assert row["injections"] > 0
+    assert row["acknowledged"] > row["workflows"] > 0
+
+
+def test_memory_threads_and_connections_do_not_grow(pytestconfig: pytest.Config) -> None:
+    """Workflow after workflow in one process, from eight threads."""
+    row = play(pytestconfig, "soak")
+    assert {name: row[name] for name in NOUGHT} == dict.fromkeys(NOUGHT, 0), row["remarks"]
