@@ -62,8 +62,8 @@ def chain(error: BaseException) -> Iterator[BaseException]:
             seen.add(id(current))
             yield current
             queue += getattr(current, "exceptions", ())
-            hidden = current.__suppress_context__
-            following = current.__cause__ or (None if hidden else current.__context__)
+            # "from None" hides the context from readers; it came from there all the same.
+            following = current.__cause__ or current.__context__
             queue += [following] if following is not None else []
 
 

@@ -29,9 +29,6 @@ _UNFINISHED = f"NULLIF({_STATUS} = 'completed', false) IS NULL"
 _FILTERS = {
     "low": b'id COLLATE "C" >= %(low)s::text',
     "high": b'id COLLATE "C" < %(high)s::text',
-    # Not the id itself: a generic plan would rather read that range of the primary key.
-    "unfinished_low": b"(id || '') COLLATE \"C\" >= %(unfinished_low)s::text",
-    "unfinished_high": b"(id || '') COLLATE \"C\" < %(unfinished_high)s::text",
     "status": b"COALESCE(" + _STATUS.encode() + b", 'running') = %(status)s::text",
     "after_time": b'(updated_at, id COLLATE "C") '
     b"< (%(after_time)s::timestamptz, %(after_id)s::text)",

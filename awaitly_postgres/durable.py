@@ -372,7 +372,7 @@ class Durable:
         behind: SnapshotInfo | None = None,
     ) -> Infos:
         params = {
-            **{f"unfinished_{end}": id for end, id in self.store._range(prefix).items()},
+            **self.store._range(prefix),
             "behind_time": behind and behind.updated_at.isoformat(),
             "behind_id": behind and self.store.key(behind.id),
             "limit": check_limit(limit),

@@ -371,3 +371,14 @@ def test_snapshot_saved_over_a_crashed_run_replaces_its_journal(durable: Durable
     crash_with_journal(durable, "id")
     durable.store.save("id", EMPTY)
     assert (recorded(durable.store, "id"), journal(db, "id")) == ({}, [])
+
+
+def test_step_in_the_snapshot_wins_over_the_journals(durable: Durable, db: DB) -> None:
+    """Who rewrites the row without knowing the journal, such as the Node package, is believed."""
+    crash_with_journal(durable, "id")
+    db.execute(
+        "UPDATE awaitly_snapshots SET snapshot = jsonb_set(snapshot, '{steps,d}', %s)",
+        ['{"ok": true, "value": "from Node", "meta": {"seq": 4}}'],
+    )
+    assert journal(db, "id") == ["d"]
+    assert recorded(durable.store, "id")["d"] == "from Node"

@@ -200,9 +200,9 @@ def test_nonsense_in_a_row_disturbs_no_other(
     else:
         db.execute(
             "UPDATE awaitly_snapshots SET updated_at = updated_at - interval '1 hour', "
-            "snapshot = jsonb_set(jsonb_set(snapshot, '{metadata,waits}', '{}'), %s, %s) "
-            "WHERE id = 'edited'",
-            [place, nonsense],
+            "snapshot = jsonb_set(jsonb_set(snapshot, '{metadata}', snapshot->'metadata' || %s), "
+            "%s, %s) WHERE id = 'edited'",
+            ['{"waits": {"go": null}, "wakeAt": "2999-01-01T00:00:00.000Z"}', place, nonsense],
         )
     listed = {info.id for info in durable.list_pending()}
     assert "sound" in listed

@@ -352,15 +352,16 @@ def test_a_failure_that_says_little_still_replays(cause: Any) -> None:
     assert replay()[0] == "StepFailed"
 
 
-def test_a_failure_wrapped_by_the_workflow_is_tried_again() -> None:
-    """``raise X from e`` ends the run because of e."""
+@pytest.mark.parametrize("openly", [True, False])
+def test_a_failure_wrapped_by_the_workflow_is_tried_again(openly: bool) -> None:
+    """``raise X from e`` ends the run because of e, and so does ``raise X from None``."""
     broken = [True]
 
     def workflow(step: Step) -> str:
         try:
             return step("k", lambda: fail(Stop()) if broken.pop() else "fine")
         except Stop as error:
-            raise RuntimeError("wrapped") from error
+            raise RuntimeError("wrapped") from (error if openly else None)
 
     run = Workflow(workflow)
     with pytest.raises(RuntimeError):
