@@ -22,6 +22,7 @@ from .errors import (
     WorkflowNotFound,
     WorkflowSuspended,
 )
+from .event import Event
 from .factory import postgres
 from .lease import Lease
 from .snapshot import (
@@ -31,7 +32,7 @@ from .snapshot import (
     merge_snapshots,
     validate_snapshot,
 )
-from .step import Event, Step
+from .step import Step
 from .store import SnapshotInfo, SnapshotStore, StoreStats
 from .workflow import Workflow
 

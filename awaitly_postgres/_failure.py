@@ -22,7 +22,7 @@ from .errors import NotSerializable, StepFailed
 _MAX_STACK = 8_000  # characters
 _OURS = {
     str(Path(__file__).with_name(name))
-    for name in ("step.py", "_session.py", "_db.py", "durable.py", "workflow.py")
+    for name in ("step.py", "_run.py", "_session.py", "_db.py", "durable.py", "workflow.py")
 }
 
 

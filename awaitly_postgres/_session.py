@@ -13,6 +13,7 @@ from attrs import define, evolve, field, frozen
 from . import _failure, _json
 from . import lease as leases
 from ._db import Connection, Database, execute, fetch
+from ._run import OnDrift, Run
 from ._sql import Statements
 from .codec import Codec, decode, decode_input, encode
 from .errors import (
@@ -26,9 +27,10 @@ from .errors import (
     WorkflowDrift,
     WorkflowSuspended,
 )
+from .event import EventType, OnEvent
 from .lease import Lease, moment
 from .snapshot import WorkflowSnapshot, timestamp
-from .step import EventType, OnDrift, OnEvent, Run
+from .step import Step
 from .store import SnapshotStore, decode_snapshot
 from .workflow import stored_version
 
@@ -224,7 +226,7 @@ class Session:
             try:
                 input = _json.as_stored(self.input)
                 args, kwargs = decode_input(codec, input, self.entry.fn, self.id)
-                result = run.run(self.entry.fn, args, kwargs)
+                result = run.run(lambda: self.entry.fn(Step(run), *args, **kwargs))
                 output = encode(codec, result, f"the output of workflow {self.entry.name!r}")
             except BaseException as error:
                 self.end = self._end(error)

@@ -17,6 +17,7 @@ from attrs import define, field, frozen
 
 from . import _json
 from ._db import Connection, execute
+from ._run import OnDrift
 from ._session import (
     Entry,
     OnVersionMismatch,
@@ -38,9 +39,10 @@ from .errors import (
     WorkflowDrift,
     WorkflowNotFound,
 )
+from .event import OnEvent
 from .lease import DEFAULT_TTL, check_ttl
 from .snapshot import timestamp
-from .step import OnDrift, OnEvent, Step
+from .step import Step
 from .store import Infos, SnapshotInfo, SnapshotStore, check_limit
 from .workflow import check_on_drift, name_of
 

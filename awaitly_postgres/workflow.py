@@ -9,10 +9,12 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 from attrs import define, field
 
 from . import _json
+from ._run import OnDrift, Run
 from .codec import Codec
 from .errors import VersionMismatch, WorkflowConflict, WorkflowDrift, WorkflowSuspended
+from .event import EventType, OnEvent
 from .snapshot import Status, WorkflowSnapshot, timestamp
-from .step import EventType, OnDrift, OnEvent, Run, Step
+from .step import Step
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,7 +75,7 @@ class Workflow(Generic[P, T]):
         if self._snapshot is not None:
             run.restore(self._snapshot)
         try:
-            result = run.run(self.fn, args, kwargs)
+            result = run.run(lambda: self.fn(Step(run), *args, **kwargs))
         except BaseException as error:
             run.emit(self._end(run, error), error=error)
             raise

@@ -21,9 +21,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # Each floor uses those above it in this list, and within a floor what stands before it.
 FLOORS = [
     ["errors", "_json"],
-    ["snapshot", "_sql", "_failure", "codec"],
+    ["snapshot", "event", "_sql", "_failure", "codec"],
     ["_db"],
-    ["lease", "store", "step", "workflow"],
+    ["lease", "store", "_run", "step", "workflow"],
     ["_session", "durable"],
     ["codecs", "embedded", "factory"],
     ["__init__"],

@@ -88,7 +88,7 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         def now(cls, tz: Any = None) -> datetime:
             return datetime.now(tz) - timedelta(days=1)
 
-    for module in ("snapshot", "step"):
+    for module in ("snapshot", "_run"):
         monkeypatch.setattr(f"awaitly_postgres.{module}.datetime", Yesterday)
 
 
@@ -819,7 +819,7 @@ def test_changed_step_of_a_thread_is_refused_too(
     durable: Durable, work: Work, db: DB, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where threads may still be on their way, drift is judged when nothing moves any more."""
-    monkeypatch.setattr("awaitly_postgres.step._THREADS_PATIENCE", 0.2)
+    monkeypatch.setattr("awaitly_postgres._run._THREADS_PATIENCE", 0.2)
 
     def fan_out(keys: str) -> Callable[[Step], list[str]]:
         def workflow(step: Step) -> list[str]:

@@ -653,7 +653,7 @@ def test_a_thread_with_new_work_waits_for_the_others_to_be_replayed() -> None:
 
 def test_a_thread_that_never_comes_is_drift(monkeypatch: pytest.MonkeyPatch) -> None:
     """New work does not start over recorded steps of threads that are gone from the code."""
-    monkeypatch.setattr("awaitly_postgres.step._THREADS_PATIENCE", 0.01)
+    monkeypatch.setattr("awaitly_postgres._run._THREADS_PATIENCE", 0.01)
 
     def workflow(step: Step, key: str) -> int:
         with ThreadPoolExecutor(1) as threads:
