@@ -24,8 +24,6 @@ _STR, _SEQUENCES = {str}, {list, tuple}
 _SCALARS = {str, int, float, bool, type(None)}
 quote = json.encoder.encode_basestring  # a string without NUL and lone surrogates, as JSON
 encode_own = _encoder.encode  # what this package itself has made of strings and small numbers
-# Text that may stand for a float which JSONB would alter, or for a NUL.
-_SUSPECT = ("e+", "-0.0", "\\u0000")
 
 
 def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
@@ -39,7 +37,9 @@ def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
     except (TypeError, ValueError, RecursionError):
         text = _write(value, path, depth)
     else:
-        if any(sign in text for sign in _SUSPECT) or not _is_plain(value, depth):
+        # Text that may stand for a float which JSONB would alter, or for a NUL.
+        suspect = "e+" in text or "-0.0" in text or "\\u0000" in text
+        if suspect or not _is_plain(value, depth):
             text = _write(value, path, depth)
     check_size(text, None, path)
     return text

@@ -39,7 +39,9 @@ T = TypeVar("T")
 OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int], WorkflowSnapshot]
 OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 
-SMALL = 8 * 1024  # bytes up to which a snapshot is rewritten whole at each step
+# Bytes. A larger row than IN_ROW is spread over PostgreSQL's TOAST table, which costs more to
+# rewrite than a step to append; the journal is worth folding from FOLDED on.
+IN_ROW, FOLDED = 2 * 1024, 8 * 1024
 LONGEST_PAUSE = 3600.0  # seconds
 NEVER = "9999-12-31T23:59:59.999Z"  # until a signal comes
 
@@ -152,11 +154,9 @@ class Session:
     def _take_up(self, unless_touched_since: datetime | None) -> WorkflowSnapshot | None:
         """Under the lease, make ready to go on from what is stored; return that if finished."""
         rows = self._db.rows(self._sql.load, {"id": self._key})
+        if unless_touched_since is not None:
+            check_untouched(self.id, rows[0][2] if rows else None, unless_touched_since)
         stored = decode_snapshot(self.id, rows[0][0], rows[0][1]) if rows else None
-        if unless_touched_since is not None and (
-            stored is None or moment(rows[0][2]) != unless_touched_since
-        ):
-            raise TouchedMeanwhile(f"another process has worked on {self.id!r} just now")
         if stored is not None and self._is_finished(stored):
             return stored
         if stored is not None:
@@ -324,9 +324,9 @@ class Session:
     def _checkpoint(self, conn: Connection, key: str, step: str) -> bool:
         """Write one step, fenced; tell whether the lease was still ours.
 
-        While the snapshot is small it is rewritten whole, for anybody to read in one table. Beyond
-        that, rewriting it each time would be quadratic: steps are appended to the journal until
-        they amount to as much again.
+        While the snapshot fits into its row it is rewritten whole, for anybody to read in one
+        table. Beyond that, rewriting it each time would be quadratic: steps are appended to the
+        journal until they amount to as much again.
         """
         if self._in_doubt is not None:
             raise StoreUnavailable(
@@ -334,8 +334,8 @@ class Session:
                 "whether it was is not known yet. Resume the run."
             )
         grown = self._appended + len(key) + len(step)
-        small = self._written + grown <= SMALL
-        due = grown >= max(SMALL, self._written)
+        small = self._written + grown <= IN_ROW
+        due = grown >= max(FOLDED, self._written)
         # A key of the snapshot would hide the one in the journal.
         hidden = self._stored is not None and key in self._stored.steps
         if small or due or hidden or not self._sql.journal:
@@ -365,9 +365,12 @@ class Session:
 
     def _finish(self, document: str, pause: float | None = None) -> None:
         """Store how it ended, fold the journal and release the lease, in one statement."""
+
+        def execution() -> Any:
+            return _json.loads(document)["execution"]
+
         params = {**self._held.params, "snapshot": document, "pause": pause}
-        execution = _json.loads(document)["execution"]
-        forget = execution["status"] == "completed" and self.policy.on_complete == "delete"
+        forget = self.policy.on_complete == "delete" and execution()["status"] == "completed"
         finish = self._sql.finish if self._journal_is_empty else self._sql.finish_and_fold
         tries = 0
 
@@ -382,7 +385,7 @@ class Session:
             # An earlier try may have done it, and only its reply was lost.
             stored = self.store.load(self.id) if tries > 1 else None
             done = tries > 1 and (
-                forget if stored is None else stored.execution.to_json() == execution
+                forget if stored is None else stored.execution.to_json() == execution()
             )
             if not done:
                 raise LeaseLost(self.id)
@@ -476,6 +479,12 @@ class Session:
         if self._lease is None:
             raise RuntimeError("nothing is written before the lease is taken")
         return self._lease
+
+
+def check_untouched(id: str, updated_at: str | None, seen: datetime) -> None:
+    """Raise if what was last ``seen`` at that time has changed since."""
+    if updated_at is None or moment(updated_at) != seen:
+        raise TouchedMeanwhile(f"another process has worked on {id!r} just now")
 
 
 def is_input(value: object) -> bool:
