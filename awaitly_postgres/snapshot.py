@@ -15,6 +15,7 @@ from .errors import SnapshotFormatError
 
 FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
+_OBJECT = (dict, Mapping)  # dict first: to ask the abstract class takes longer than all the rest
 
 Status = Literal["running", "completed", "failed"]
 
@@ -37,7 +38,7 @@ class StepResult:
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> StepResult:
         """Read the JSON of one step; raise `SnapshotFormatError` if it is none."""
-        _refuse(_step_faults("step", obj))
+        _refuse([f"step{fault}" for fault in _step_faults(obj)])
         rest = dict(obj)
         return cls(
             ok=rest.pop("ok"),
@@ -205,7 +206,8 @@ def validate_snapshot(obj: object) -> list[str]:
         faults.append(f"steps must be an object, not {_kind(obj['steps'])}")
     else:
         for key, step in obj["steps"].items():
-            faults += _step_faults(f"steps[{key!r}]", step)
+            if found := _step_faults(step):
+                faults += [f"steps[{key!r}]{fault}" for fault in found]
     if "execution" not in obj:
         faults.append("execution is missing")
     else:
@@ -264,25 +266,26 @@ def _resume_state_faults(obj: Mapping[str, Any]) -> list[str]:
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)):
             faults.append(f"steps[{i}] must be a pair of key and result")
         else:
-            faults += _step_faults(f"steps[{i}][1]", entry[1])
+            faults += [f"steps[{i}][1]{fault}" for fault in _step_faults(entry[1])]
     return faults
 
 
-def _step_faults(where: str, step: object) -> list[str]:
-    if not isinstance(step, Mapping):
-        return [f"{where} must be an object, not {_kind(step)}"]
+def _step_faults(step: object) -> list[str]:
+    """Name the faults of one step, to be put behind the place where it is."""
+    if not isinstance(step, _OBJECT):
+        return [f" must be an object, not {_kind(step)}"]
     ok = step.get("ok")
     faults = []
     if "ok" not in step:
-        faults.append(f"{where}.ok is missing")
+        faults.append(".ok is missing")
     elif not isinstance(ok, bool):
-        faults.append(f"{where}.ok must be true or false, not {_kind(ok)}")
+        faults.append(f".ok must be true or false, not {_kind(ok)}")
     elif not ok:
-        faults += [f"{where}.{name} is missing" for name in ("error", "cause") if name not in step]
+        faults += [f".{name} is missing" for name in ("error", "cause") if name not in step]
     for name in ("cause", "meta"):
         part = step.get(name)
-        if part is not None and not isinstance(part, Mapping):
-            faults.append(f"{where}.{name} must be an object, not {_kind(part)}")
+        if part is not None and not isinstance(part, _OBJECT):
+            faults.append(f".{name} must be an object, not {_kind(part)}")
     return faults
 
 
