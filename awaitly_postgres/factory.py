@@ -22,7 +22,7 @@ def postgres(
     prefix: str = "",
     auto_create_table: bool = True,
     journal: bool = True,
-    min_size: int = 1,
+    min_size: int = 0,
     max_size: int = 10,
     kwargs: Mapping[str, Any] | None = None,
     retry_for: float = 30.0,
@@ -40,7 +40,7 @@ def postgres(
         auto_create_table: make missing tables on first use.
         journal: False rewrites the whole snapshot at each step, for tables that Node reads while
             a workflow runs; the third table is then neither needed nor made.
-        min_size: connections kept open.
+        min_size: connections kept open for good; others close when idle for ten minutes.
         max_size: connections at most.
         kwargs: further arguments of ``psycopg.connect``.
         retry_for: seconds for which a statement that an outage interrupts is tried again.
