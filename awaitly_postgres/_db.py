@@ -43,11 +43,24 @@ _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
 
 
 def fetch(
-    conn: Connection, statement: bytes, params: Mapping[str, Any], *, prepare: bool | None = None
+    conn: Connection,
+    statement: bytes,
+    params: Mapping[str, Any],
+    *,
+    prepare: bool | None = None,
+    custom_plan: bool = False,
 ) -> list[Row]:
-    """Run one statement and return its rows, whatever factories and adapters ``conn`` has."""
-    cursor = psycopg.Cursor(conn, row_factory=tuple_row)
-    cursor.execute(statement, params, prepare=prepare)
+    """Run one statement and return its rows, whatever factories and adapters ``conn`` has.
+
+    For a ``custom_plan`` the statement carries its values in itself: of parameters that are sent
+    beside it the planner sees nothing when it is told to make one plan for all.
+    """
+    if custom_plan:
+        cursor: psycopg.Cursor[Row] = psycopg.ClientCursor(conn, row_factory=tuple_row)
+        cursor.execute(statement, params)
+    else:
+        cursor = psycopg.Cursor(conn, row_factory=tuple_row)
+        cursor.execute(statement, params, prepare=prepare)
     rows = cursor.fetchall()
     if any(isinstance(value, bytes) for value in (rows[0] if rows else ())):
         # An SQL_ASCII database makes no promise about encoding, so psycopg leaves text alone.
@@ -108,12 +121,13 @@ class Database:
         """
         if conn is not None:
             return self._run_on(conn, work)
-        backoff = _Backoff(self.retry_for if retry_for is None else retry_for)
+        backoff = None
         while True:
             try:
                 with self.borrow() as pooled:
                     return work(pooled)
             except (psycopg.Error, UnicodeEncodeError) as error:
+                backoff = backoff or _Backoff(self.retry_for if retry_for is None else retry_for)
                 self._pause_or_raise(error, backoff)
 
     def rows(
@@ -121,11 +135,10 @@ class Database:
         statement: bytes,
         params: Mapping[str, Any],
         conn: Connection | None = None,
-        *,
-        prepare: bool | None = None,
+        **how: bool,
     ) -> list[Row]:
-        """Run one idempotent statement and return its rows."""
-        return self.run(lambda c: fetch(c, statement, params, prepare=prepare), conn)
+        """Run one idempotent statement and return its rows, as `fetch` does."""
+        return self.run(lambda c: fetch(c, statement, params, **how), conn)
 
     def count(
         self, statement: bytes, params: Mapping[str, Any], conn: Connection | None = None

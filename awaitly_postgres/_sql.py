@@ -2,7 +2,8 @@
 
 Three rules hold throughout. A write names exactly one id, so that the tables can be distributed by
 it; only the two housekeeping deletes, ``delete_many`` and ``sweep_*``, take several. Time is the
-server's: ``clock_timestamp()``, because ``now()`` stands still inside a caller's transaction.
+server's: ``clock_timestamp()``, because ``now()`` stands still inside a caller's transaction; an
+index can be searched for ``statement_timestamp()`` only, which does as well where it is not stored.
 What comes back is text, integers and booleans, which no caller's adapters change.
 """
 
@@ -36,7 +37,7 @@ _FILTERS = {
     b"> (%(behind_time)s::timestamptz, %(behind_id)s::text)",
     "max_attempts": b"COALESCE(snapshot->'metadata'->'attempts', '0') "
     b"< to_jsonb(%(max_attempts)s::bigint)",
-    "workflows": b"snapshot->'metadata'->>'workflow' = ANY(%(workflows)s::text[])",
+    "workflows": b"COALESCE(snapshot->'metadata'->>'workflow' = ANY(%(workflows)s::text[]), false)",
 }
 _LEASE_IS_OURS = (
     "workflow_id = %(id)s AND owner_token = %(token)s AND expires_at > clock_timestamp()"
@@ -103,6 +104,7 @@ class Statements:
 
     journal: bool
     load: bytes
+    look: bytes
     save: bytes
     create: bytes
     delete: bytes
@@ -267,6 +269,12 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
             "SELECT snapshot::text, {journal}, to_char(updated_at AT TIME ZONE 'UTC', {iso}) "
             "FROM {snapshots} WHERE id = %(id)s"
         ),
+        look=compile(
+            "SELECT snapshot::text, {journal}, to_char(updated_at AT TIME ZONE 'UTC', {iso}), "
+            "owner_token, to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM {snapshots} "
+            "LEFT JOIN {lock} ON workflow_id = id AND expires_at > clock_timestamp() "
+            "WHERE id = %(id)s"
+        ),
         save=compile(
             "WITH given AS (SELECT %(id)s::text AS id){swept} "
             "INSERT INTO {snapshots} (id, snapshot, updated_at) "
@@ -388,7 +396,7 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
             "WHEN jsonb_typeof(snapshot->'metadata'->'waits') = 'object' "
             "THEN snapshot->'metadata'->'waits' ELSE '{{}}' END) AS waited "
             "WHERE snapshot->'metadata'->'signals' ? waited.key)) "
-            "AND snapshot->'metadata'->'cancelledAt' IS NULL "
+            "AND COALESCE(snapshot->'metadata'->'cancelledAt' IS NULL, true) "
             "AND NOT EXISTS (SELECT FROM {lock} l WHERE l.workflow_id = s.id "
             "AND l.expires_at > clock_timestamp())/*filters*/ "
             'ORDER BY updated_at, id COLLATE "C" LIMIT %(limit)s::bigint'
@@ -402,7 +410,7 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
         ),
         prunable=compile(
             "SELECT id FROM {snapshots} s "
-            "WHERE updated_at < clock_timestamp() - make_interval(secs => %(age)s) "
+            "WHERE updated_at < statement_timestamp() - make_interval(secs => %(age)s) "
             "AND NOT EXISTS (SELECT FROM {lock} l WHERE l.workflow_id = s.id "
             "AND l.expires_at > clock_timestamp())/*filters*/ "
             "ORDER BY updated_at LIMIT %(limit)s::bigint"

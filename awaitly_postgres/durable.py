@@ -25,6 +25,7 @@ from ._session import (
     Policy,
     Session,
     TouchedMeanwhile,
+    check_untouched,
     is_input,
 )
 from ._sql import check_id
@@ -40,10 +41,10 @@ from .errors import (
     WorkflowNotFound,
 )
 from .event import OnEvent
-from .lease import DEFAULT_TTL, check_ttl
+from .lease import DEFAULT_TTL, check_ttl, moment
 from .snapshot import timestamp
 from .step import Step
-from .store import Infos, SnapshotInfo, SnapshotStore, check_limit
+from .store import Infos, SnapshotInfo, SnapshotStore, check_limit, decode_snapshot
 from .workflow import check_on_drift, name_of
 
 P = ParamSpec("P")
@@ -253,7 +254,7 @@ class Durable:
         """
         check_limit(limit)
         names = list(self._workflows)
-        queue = _Queue(lambda behind: self._pending(prefix, _PAGE, names, behind))
+        queue = _Queue(lambda behind, length: self._pending(prefix, length, names, behind))
         outcomes: list[Outcome] = []
         ran = 0
         for info in queue:
@@ -355,8 +356,18 @@ class Durable:
         )
         return Session(self.store, policy, id, entry, input)
 
-    def _resumable(self, id: str) -> Session:
-        stored = self.store.load(id)
+    def _resumable(self, id: str, seen: datetime | None = None) -> Session:
+        """Look ``id`` up: a look costs less than a lease that has to be given back.
+
+        With the time at which it was ``seen`` as pending, raise if it no longer is.
+        """
+        rows = self.store._db.rows(self.store._sql.look, {"id": self.store.key(id)})
+        text, journal, updated_at, owner, until = rows[0] if rows else ("", None, None, None, "")
+        if seen is not None and rows:
+            check_untouched(id, updated_at, seen)
+            if owner is not None:
+                raise AlreadyRunning(id, owner, moment(until))
+        stored = decode_snapshot(id, text, journal) if rows else None
         metadata = (stored.metadata or {}) if stored else {}
         name, input = metadata.get("workflow"), metadata.get("input")
         if not isinstance(name, str) or not is_input(input):
@@ -381,13 +392,14 @@ class Durable:
             "max_attempts": self.max_attempts,
             "workflows": workflows,
         }
-        return self.store._infos(self.store._sql.pending, params)
+        # Seen its values, the planner takes the filters for choosy and sorts all that is pending.
+        return self.store._infos(self.store._sql.pending, params, custom_plan=False)
 
     def _attempt(self, id: str, seen: datetime) -> Outcome:
         """Resume ``id`` unless somebody has touched it since it was ``seen``."""
         session: Session | None = None
         try:
-            session = self._resumable(id)
+            session = self._resumable(id, seen)
             result = session.start(unless_touched_since=seen)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
@@ -409,21 +421,22 @@ class _Queue:
     """What is pending, in turn, each once.
 
     Alone, a worker takes a listing as it comes. When another was faster, they are both working
-    through the same one: then it takes fewer of each listing before it looks again, at random.
+    through the same one: then it draws from a longer listing at random, and looks again the
+    sooner the more often it comes too late.
     """
 
-    _look: Callable[[SnapshotInfo | None], Infos]  # a page of those behind an entry
+    _look: Callable[[SnapshotInfo | None, int], Infos]  # so many of those behind an entry
     _seen: set[str] = field(factory=set)
     _behind: SnapshotInfo | None = None
     _trust: int = _PAGE  # how many of a listing to take before looking again
     _was_late: bool = False
 
     def __iter__(self) -> Iterator[SnapshotInfo]:
-        while listing := self._look(self._behind):
+        while listing := self._look(self._behind, self._length):
             unseen = [info for info in listing if info.id not in self._seen]
             if not unseen:
                 self._behind = listing[-1]
-            if self._trust < _PAGE:
+            if self._contended:
                 random.shuffle(unseen)
             for info in unseen[: self._trust]:
                 self._seen.add(info.id)
@@ -434,6 +447,14 @@ class _Queue:
                 max(1, self._trust // 2) if self._was_late else min(_PAGE, self._trust * 2)
             )
             self._was_late = False
+
+    @property
+    def _contended(self) -> bool:
+        return self._trust < _PAGE
+
+    @property
+    def _length(self) -> int:
+        return 10 * _PAGE if self._contended else _PAGE
 
     def somebody_was_faster(self) -> None:
         """Tell that the last one had been taken."""

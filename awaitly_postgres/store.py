@@ -296,14 +296,18 @@ class SnapshotStore:
         low, high = prefix_bounds(full)
         return {"low": low, "high": high}
 
-    def _infos(self, statement: bytes, params: Mapping[str, Any]) -> Infos:
-        rows = self._listed(statement, params)
+    def _infos(
+        self, statement: bytes, params: Mapping[str, Any], *, custom_plan: bool = True
+    ) -> Infos:
+        rows = self._listed(statement, params, custom_plan=custom_plan)
         skip = len(self.prefix)
         return [SnapshotInfo(id[skip:], status, moment(time)) for id, status, time in rows]
 
-    def _listed(self, statement: bytes, params: Mapping[str, Any]) -> Rows:
-        # Never prepared: which index is best depends on the prefix at hand.
-        return self._db.rows(filtered(statement, params), params, prepare=False)
+    def _listed(
+        self, statement: bytes, params: Mapping[str, Any], *, custom_plan: bool = True
+    ) -> Rows:
+        # Which index is best depends on the prefix or the age at hand.
+        return self._db.rows(filtered(statement, params), params, custom_plan=custom_plan)
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
         def work(conn: Connection) -> int:

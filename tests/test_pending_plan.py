@@ -70,7 +70,9 @@ def statement(
     """Catch the very statement that one of the LOOKS sends, and its parameters."""
     caught = []
 
-    def catch(store: SnapshotStore, statement: bytes, params: Mapping[str, Any]) -> list[Any]:
+    def catch(
+        store: SnapshotStore, statement: bytes, params: Mapping[str, Any], **_: bool
+    ) -> list[Any]:
         caught.append((filtered(statement, params), params))
         return []
 

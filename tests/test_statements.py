@@ -130,7 +130,7 @@ WRITES = [
     *("renew", "release"),
 ]
 READS_AND_HOUSEKEEPING = [
-    *("load", "exists", "signal_for", "held", "now", "list", "details", "pending", "stats"),
+    *("load", "look", "exists", "signal_for", "held", "now", "list", "details", "pending", "stats"),
     *("prunable", "delete_many", "sweep_journal", "sweep_locks"),
     *("tables_exist", "schema_exists", "serialize_ddl"),
 ]
