@@ -89,6 +89,8 @@ def _key_rank(pair: tuple[str, Any]) -> tuple[int, bytes]:
 
 def _is_plain(value: Any, depth: int) -> bool:
     """Tell whether all keys are strings and the nesting is within bounds (no cycles by now)."""
+    if type(value) in _SCALARS:
+        return True
     level = [value]
     for _ in range(depth):
         below: list[Any] = []

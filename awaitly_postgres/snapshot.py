@@ -245,7 +245,7 @@ def merge_snapshots(base: WorkflowSnapshot, delta: WorkflowSnapshot) -> Workflow
 def timestamp(moment: datetime | None = None) -> str:
     """Write a time (default: now) the way the format wants it, ``2026-11-22T10:56:04.184Z``."""
     moment = datetime.now(timezone.utc) if moment is None else moment.astimezone(timezone.utc)
-    return f"{moment.replace(tzinfo=None).isoformat(timespec='milliseconds')}Z"
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _from_resume_state(obj: Mapping[str, Any]) -> dict[str, Any]:
