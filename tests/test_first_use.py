@@ -171,6 +171,17 @@ def test_tables_dropped_under_a_running_store_are_made_again(store: SnapshotStor
     assert Durable(store).run("run", lambda step: step("a", lambda: 1)) == 1
 
 
+def test_first_use_opens_one_connection(make_store: MakeStore, db: Db) -> None:
+    """A cron job with nothing to do needs no more, and waits for no more."""
+    name = secrets.token_hex(8)
+    store = make_store(kwargs={"application_name": name})
+    Durable(store).resume_pending()
+    opened = store._db._pool.get_stats()
+    assert (opened["connections_num"], opened["pool_size"]) == (1, 1)
+    query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+    assert db.execute(query, [name]).fetchone() == (1,)
+
+
 @pytest.mark.parametrize("round", range(4))
 def test_threads_that_all_meet_dropped_tables_all_go_on(
     make_store: MakeStore, db: Db, round: int

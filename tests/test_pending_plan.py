@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
-from datetime import datetime, timezone
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import psycopg
@@ -16,6 +17,7 @@ from awaitly_postgres import Durable, Outcome, SnapshotInfo, SnapshotStore, Step
 from awaitly_postgres._sql import filtered
 
 DB = psycopg.Connection
+MakeStore = Callable[..., SnapshotStore]
 Plan = dict[str, Any]
 
 FINISHED, PENDING = 10_000, 50
@@ -141,6 +143,38 @@ def test_pending_reads_rows_in_proportion_to_the_pending(
         for scan in scans(plan)
     ]
     assert set(read) == {PENDING}
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param(lambda store: len(store.list("wf-00001")), id="list with a prefix"),
+        pytest.param(lambda store: len(store.list("wf-", limit=10)), id="list of all"),
+        pytest.param(lambda store: store.prune(timedelta(seconds=995_000)), id="prune"),
+    ],
+)
+def test_looking_for_few_among_many_reads_few(
+    crowded: SnapshotStore, make_store: MakeStore, db: DB, look: Callable[[SnapshotStore], int]
+) -> None:
+    """Whatever plan the server has made: of 10,050 rows it reads about as many as it finds."""
+    name = secrets.token_hex(8)
+    before = rows_read(db)
+    with make_store(kwargs={"application_name": name}) as store:
+        found = look(store)
+    gone = "SELECT count(*) = 0 FROM pg_stat_activity WHERE application_name = %s"
+    while not db.execute(gone, [name]).fetchone()[0]:  # a connection tells its counts as it ends
+        pass
+    assert 10 <= found <= rows_read(db) - before < 10 * found
+
+
+def rows_read(db: DB) -> int:
+    """Tell how many rows of the table, and entries of its indexes, have been read so far."""
+    query = """
+        SELECT seq_tup_read + (
+            SELECT sum(idx_tup_read) FROM pg_stat_user_indexes i WHERE i.relid = t.relid)
+        FROM pg_stat_user_tables t WHERE relid = 'awaitly_snapshots'::regclass
+    """
+    return int(db.execute(query).fetchone()[0])
 
 
 def test_fifty_pending_among_ten_thousand_finished_are_run(crowded: SnapshotStore, db: DB) -> None:

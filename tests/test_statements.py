@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import IO
 
 import psycopg
@@ -14,7 +14,7 @@ import pytest
 from attrs import asdict
 from psycopg_pool import ConnectionPool
 
-from awaitly_postgres import Durable, SnapshotStore, Step, postgres
+from awaitly_postgres import Durable, Outcome, SnapshotStore, Step, postgres
 from awaitly_postgres._sql import Statements, compose
 
 # -- the wire ------------------------------------------------------------------------------
@@ -120,6 +120,30 @@ def test_replaying_a_completed_run_asks_once_and_writes_nothing(
     assert min(written(lambda: durable.run("a", work, 3, 10)) for _ in range(100)) == 0
     new = iter(range(100))
     assert min(written(lambda: durable.run(f"b-{next(new)}", work, 0, 0)) for _ in range(100)) > 0
+
+
+def test_finding_that_another_was_faster_asks_once_and_writes_nothing(
+    traced: SnapshotStore, wire: Wire, url: str
+) -> None:
+    """Of a run that was pending when it was listed: no lease is taken that must be given back."""
+    with postgres(url) as store, ExitStack() as stack:
+        here, elsewhere = Durable(traced), Durable(store)
+        for durable in (here, elsewhere):
+            durable.workflow(work)
+        for id in ("a", "b"):
+            here.submit(id, work, 1, 10)
+        counts: dict[str, int] = {}
+
+        def meanwhile(outcome: Outcome) -> None:
+            nonlocal counts
+            if outcome.id == "a":
+                elsewhere.resume("b")
+                counts = stack.enter_context(wire.counted())
+            else:
+                stack.pop_all().close()
+
+        here.resume_pending(on_progress=meanwhile)
+    assert counts == {"round trips": 1, "transactions": 1}
 
 
 # -- the statements ------------------------------------------------------------------------
