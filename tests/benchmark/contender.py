@@ -1,0 +1,265 @@
+"""One contender, in a process of its own: does runs of steps when told to.
+
+    python contender.py NAME URL
+
+Each line of standard input asks for work, ``{"runs": 20, "steps": 10, "size": 300, "threads": 1}``
+or, for as long as that, ``{"seconds": 1.5, ...}``. The answer says how many runs and steps were
+done, in how many seconds, and the median of the seconds from one step to the next.
+Peers run this file in an environment that has neither attrs nor awaitly_postgres.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import string
+import sys
+import threading
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+Run = Callable[[str, int, int], None]  # id, steps, bytes of a result
+
+_TEXT = "".join(random.Random(1).choices(string.ascii_letters, k=100_000))  # noqa: S311
+
+
+class Steps:
+    """What a step does: note the time, and return a text that does not compress well."""
+
+    def __init__(self) -> None:
+        # These mean something while there is one run at a time.
+        self.count = 0
+        self.between: list[float] = []
+        self._last: float | None = None
+
+    def start(self) -> None:
+        self._last = None
+
+    def __call__(self, nr: int, size: int) -> str:
+        now = time.perf_counter()
+        if self._last is not None:
+            self.between.append(now - self._last)
+        self.count += 1
+        self._last = now
+        return self.value(nr, size)
+
+    def value(self, nr: int, size: int) -> str:
+        offset = nr * 37 % (len(_TEXT) - size)
+        return _TEXT[offset : offset + size - 2]
+
+
+def step_json(nr: int, value: str) -> dict[str, Any]:
+    """Return what awaitly_postgres records of a step."""
+    meta = {"startedAt": "2026-01-01T00:00:00.000Z", "durationMs": 0.012, "seq": nr + 1}
+    return {"ok": True, "value": value, "meta": meta}
+
+
+def floor(url: str, body: Steps) -> Run:
+    """One prepared INSERT and commit for each step, for the begin and for the end."""
+    import psycopg
+
+    local = threading.local()
+    insert = "INSERT INTO floor.step VALUES (%s, %s, %s::jsonb)"
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute("SELECT pg_advisory_lock(1)")
+        db.execute("CREATE SCHEMA IF NOT EXISTS floor")
+        db.execute(
+            "CREATE TABLE IF NOT EXISTS floor.step (id text, key text, step jsonb, "
+            "PRIMARY KEY (id, key))"
+        )
+
+    def run(id: str, steps: int, size: int) -> None:
+        if not hasattr(local, "cursor"):
+            local.cursor = psycopg.connect(url, autocommit=True).cursor()
+        local.cursor.execute(insert, (id, "begin", "{}"), prepare=True)
+        for nr in range(steps):
+            step = json.dumps(step_json(nr, body(nr, size)))
+            local.cursor.execute(insert, (id, f"step-{nr}", step), prepare=True)
+        local.cursor.execute(insert, (id, "end", "{}"), prepare=True)
+
+    return run
+
+
+def rewrite(url: str, body: Steps) -> Run:
+    """The whole snapshot again after every step, in the origin's table."""
+    import psycopg
+
+    db = psycopg.connect(url, autocommit=True)
+    db.execute("CREATE SCHEMA IF NOT EXISTS rewrite")
+    db.execute(
+        "CREATE TABLE IF NOT EXISTS rewrite.snapshots (id text PRIMARY KEY, "
+        "snapshot jsonb NOT NULL, updated_at timestamptz DEFAULT now())"
+    )
+    db.execute("CREATE INDEX IF NOT EXISTS newest ON rewrite.snapshots (updated_at DESC)")
+    upsert = (
+        "INSERT INTO rewrite.snapshots VALUES (%s, %s::jsonb, now()) ON CONFLICT (id) "
+        "DO UPDATE SET snapshot = EXCLUDED.snapshot, updated_at = EXCLUDED.updated_at"
+    )
+
+    def run(id: str, steps: int, size: int) -> None:
+        recorded: dict[str, Any] = {}
+        document = {"formatVersion": 1, "steps": recorded, "execution": {"status": "running"}}
+        for nr in _evenly(steps, at_most=25):  # all of a long run would take hours
+            for earlier in range(len(recorded), nr + 1):
+                recorded[f"step-{earlier}"] = step_json(earlier, body.value(earlier, size))
+            body(nr, size)
+            db.execute(upsert, (id, json.dumps(document)), prepare=True)
+
+    return run
+
+
+def _evenly(count: int, at_most: int) -> list[int]:
+    """Return so many of the numbers below ``count``, evenly spread."""
+    taken = min(count, at_most)
+    return [(2 * nr + 1) * count // (2 * taken) for nr in range(taken)]
+
+
+def awaitly(url: str, body: Steps) -> Run:
+    """This library, on a pool of its own."""
+    from awaitly_postgres import Durable, Step, postgres
+
+    durable = Durable(postgres(url, schema="awaitly", max_size=16))
+
+    def work(step: Step, steps: int, size: int) -> None:
+        for nr in range(steps):
+            step(f"step-{nr}", body, nr, size)
+
+    return lambda id, steps, size: durable.run(id, work, steps, size)
+
+
+def dbos(url: str, body: Steps) -> Run:
+    """DBOS Transact, a workflow of steps."""
+    os.environ["DBOS__VMID"] = f"benchmark-{os.getpid()}"  # recovers its own runs only
+    from dbos import DBOS, SetWorkflowID
+
+    DBOS(
+        config={
+            "name": "benchmark",
+            "system_database_url": url,
+            "run_admin_server": False,
+            "log_level": "WARNING",
+        }
+    )
+
+    @DBOS.step()
+    def step(nr: int, size: int) -> str:
+        return body(nr, size)
+
+    @DBOS.workflow()
+    def work(steps: int, size: int) -> None:
+        for nr in range(steps):
+            step(nr, size)
+
+    DBOS.launch()
+
+    def run(id: str, steps: int, size: int) -> None:
+        with SetWorkflowID(id):
+            work(steps, size)
+
+    return run
+
+
+def _saver(url: str) -> Any:
+    import psycopg
+    from langgraph.checkpoint.postgres import PostgresSaver
+    from psycopg.rows import dict_row
+    from psycopg_pool import ConnectionPool
+
+    kwargs = {"autocommit": True, "row_factory": dict_row, "prepare_threshold": 0}
+    saver = PostgresSaver(ConnectionPool(url, max_size=16, kwargs=kwargs, open=True))
+    with psycopg.connect(url, autocommit=True) as db:
+        db.execute("SELECT pg_advisory_lock(2)")
+        saver.setup()
+    return saver
+
+
+def langgraph(url: str, body: Steps) -> Run:
+    """LangGraph with PostgresSaver: a node for each step, durable before the next one."""
+    from typing import TypedDict
+
+    from langgraph.graph import END, START, StateGraph
+
+    State = TypedDict("State", {"nr": int, "steps": int, "size": int, "value": str})  # noqa: UP013
+
+    def node(state: State) -> dict[str, Any]:
+        return {"nr": state["nr"] + 1, "value": body(state["nr"], state["size"])}
+
+    graph = StateGraph(State)
+    graph.add_node("step", node)
+    graph.add_edge(START, "step")
+    graph.add_conditional_edges(
+        "step", lambda state: "step" if state["nr"] < state["steps"] else END
+    )
+    compiled = graph.compile(checkpointer=_saver(url))
+
+    def run(id: str, steps: int, size: int) -> None:
+        config = {"configurable": {"thread_id": id}, "recursion_limit": steps + 5}
+        given = {"nr": 0, "steps": steps, "size": size, "value": ""}
+        compiled.invoke(given, config, durability="sync")
+
+    return run
+
+
+def langgraph_tasks(url: str, body: Steps) -> Run:
+    """LangGraph with PostgresSaver: a task for each step, which it writes in the background."""
+    from langgraph.func import entrypoint, task
+
+    step = task(name="step")(lambda nr, size: body(nr, size))
+
+    @entrypoint(checkpointer=_saver(url))
+    def work(given: dict[str, int]) -> None:
+        for nr in range(given["steps"]):
+            step(nr, given["size"]).result()
+
+    def run(id: str, steps: int, size: int) -> None:
+        config = {"configurable": {"thread_id": id}, "recursion_limit": steps + 5}
+        work.invoke({"steps": steps, "size": size}, config, durability="sync")
+
+    return run
+
+
+CONTENDERS = {
+    contender.__name__: contender
+    for contender in (floor, rewrite, awaitly, dbos, langgraph, langgraph_tasks)
+}
+
+
+def serve(name: str, url: str) -> None:
+    body = Steps()
+    run = CONTENDERS[name](url, body)
+    numbers = itertools.count()
+    for line in sys.stdin:
+        asked = json.loads(line)
+        body.count = 0
+        body.between.clear()
+        left = iter(range(asked.get("runs", sys.maxsize)))
+        began = time.perf_counter()
+        until = began + asked.get("seconds", 1e9)
+        done: list[int] = []
+
+        def work(asked: dict[str, Any] = asked, left=left, until=until, done=done) -> None:
+            while time.perf_counter() < until and next(left, None) is not None:
+                body.start()
+                run(f"{name}-{os.getpid()}-{next(numbers)}", asked["steps"], asked["size"])
+                done.append(1)
+
+        if asked["threads"] == 1:
+            work()
+        else:
+            threads = [threading.Thread(target=work) for _ in range(asked["threads"])]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        seconds = time.perf_counter() - began
+        between = median(body.between) if body.between else 0.0
+        answer = {"runs": len(done), "steps": body.count, "seconds": seconds, "between": between}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    serve(*sys.argv[1:])

@@ -1,0 +1,138 @@
+"""Starts the contenders, each in a process and an environment that it can work in."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attrs import define, field, frozen
+
+HERE = Path(__file__).parent
+TITLES = {
+    "floor": "bare INSERT",
+    "awaitly": "awaitly-postgres",
+    "rewrite": "rewrite all",
+    "dbos": "DBOS",
+    "langgraph": "LangGraph",
+    "langgraph_tasks": "LangGraph tasks",
+}
+_PACKAGES = {
+    "dbos": ["dbos"],
+    "langgraph": ["langgraph", "langgraph-checkpoint-postgres", "psycopg[binary,pool]"],
+    "langgraph_tasks": [],
+}
+
+
+@frozen
+class Work:
+    """What a contender is asked for."""
+
+    steps: int
+    size: int = 300  # bytes of a step's result
+    runs: int | None = None
+    seconds: float | None = None  # go on for so long, instead of a number of runs
+    threads: int = 1
+
+    def to_json(self) -> dict[str, Any]:
+        asked = {"steps": self.steps, "size": self.size, "threads": self.threads}
+        return asked | ({"runs": self.runs} if self.runs else {"seconds": self.seconds})
+
+
+@define
+class Contender:
+    """A running process of `contender.py`."""
+
+    name: str
+    url: str
+    python: Path
+    _process: subprocess.Popen[str] = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._process = subprocess.Popen(
+            [self.python, HERE / "contender.py", self.name, self.url],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+            text=True,
+        )
+
+    def do(self, work: Work) -> dict[str, float]:
+        self.start(work)
+        return self.answer()
+
+    def start(self, work: Work) -> None:
+        assert self._process.stdin
+        self._process.send_signal(signal.SIGCONT)
+        print(json.dumps(work.to_json()), file=self._process.stdin, flush=True)
+
+    def answer(self) -> dict[str, float]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} has died, see above")
+        # The background threads of one must not disturb the next.
+        self._process.send_signal(signal.SIGSTOP)
+        return dict(json.loads(line))
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@define
+class Contenders:
+    """Which contenders there are here, and why the others are not."""
+
+    url: str
+    pythons: dict[str, Path]
+    notes: list[str]
+
+    def names(self, *names: str) -> list[str]:
+        return [name for name in names if name in self.pythons]
+
+    @contextmanager
+    def running(self, names: Sequence[str], url: str | None = None) -> Iterator[list[Contender]]:
+        """Start these, and warm them up."""
+        running = [Contender(name, url or self.url, self.pythons[name]) for name in names]
+        try:
+            for contender in running:
+                contender.do(Work(steps=12, runs=3))
+            yield running
+        finally:
+            for contender in running:
+                contender.stop()
+
+
+def prepare(url: str, folder: Path, without_peers: bool) -> Contenders:
+    """Install the peers in an environment of their own, as far as that can be done."""
+    pythons = dict.fromkeys(("floor", "awaitly", "rewrite"), Path(sys.executable))
+    if without_peers:
+        return Contenders(url, pythons, ["Peers left out, as asked for."])
+    notes = []
+    venv.create(folder, with_pip=True)
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    for name, packages in _PACKAGES.items():
+        try:
+            if packages:
+                install = [python, "-m", "pip", "install", "-q", *packages]
+                subprocess.run(install, check=True, capture_output=True, text=True)
+            with Contenders(url, {name: python}, []).running([name]):
+                pythons[name] = python
+        except (subprocess.CalledProcessError, RuntimeError) as error:
+            reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
+            notes.append(f"{TITLES[name]} left out: {reason}")
+    freeze = subprocess.run(
+        [python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
+    )
+    versions = {entry["name"]: entry["version"] for entry in json.loads(freeze.stdout)}
+    wanted = ("dbos", "langgraph", "langgraph-checkpoint-postgres")
+    found = [f"{name} {versions[name]}" for name in wanted if name in versions]
+    return Contenders(url, pythons, [*notes, f"Peers: {', '.join(found)}."] if found else notes)
