@@ -153,7 +153,7 @@ class Session:
 
     def _take_up(self, unless_touched_since: datetime | None) -> WorkflowSnapshot | None:
         """Under the lease, make ready to go on from what is stored; return that if finished."""
-        rows = self._db.rows(self._sql.load, {"id": self._key})
+        rows = self._db.rows(self._sql.look, {"id": self._key})
         if unless_touched_since is not None:
             check_untouched(self.id, rows[0][2] if rows else None, unless_touched_since)
         stored = decode_snapshot(self.id, rows[0][0], rows[0][1]) if rows else None

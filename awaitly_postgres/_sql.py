@@ -265,10 +265,7 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
 
     return Statements(
         journal=journal,
-        load=compile(
-            "SELECT snapshot::text, {journal}, to_char(updated_at AT TIME ZONE 'UTC', {iso}) "
-            "FROM {snapshots} WHERE id = %(id)s"
-        ),
+        load=compile("SELECT snapshot::text, {journal} FROM {snapshots} WHERE id = %(id)s"),
         look=compile(
             "SELECT snapshot::text, {journal}, to_char(updated_at AT TIME ZONE 'UTC', {iso}), "
             "owner_token, to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM {snapshots} "

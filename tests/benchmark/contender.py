@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 from typing import Any
 
@@ -250,11 +251,9 @@ def serve(name: str, url: str) -> None:
         if asked["threads"] == 1:
             work()
         else:
-            threads = [threading.Thread(target=work) for _ in range(asked["threads"])]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(asked["threads"]) as threads:
+                for done_by_thread in [threads.submit(work) for _ in range(asked["threads"])]:
+                    done_by_thread.result()  # raises what it has raised
         seconds = time.perf_counter() - began
         between = median(body.between) if body.between else 0.0
         answer = {"runs": len(done), "steps": body.count, "seconds": seconds, "between": between}

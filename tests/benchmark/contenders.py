@@ -7,9 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import venv
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,14 @@ TITLES = {
     "langgraph": "LangGraph",
     "langgraph_tasks": "LangGraph tasks",
 }
-_PACKAGES = {
-    "dbos": ["dbos"],
-    "langgraph": ["langgraph", "langgraph-checkpoint-postgres", "psycopg[binary,pool]"],
-    "langgraph_tasks": [],
+_PEERS = {
+    ("dbos",): ("dbos",),
+    ("langgraph", "langgraph_tasks"): (
+        "langgraph",
+        "langgraph-checkpoint-postgres",
+        "psycopg-binary",
+        "psycopg-pool",
+    ),
 }
 
 
@@ -101,14 +104,14 @@ class Contenders:
     @contextmanager
     def running(self, names: Sequence[str], url: str | None = None) -> Iterator[list[Contender]]:
         """Start these, and warm them up."""
-        running = [Contender(name, url or self.url, self.pythons[name]) for name in names]
-        try:
-            for contender in running:
+        with ExitStack() as stack:
+            team = []
+            for name in names:
+                team.append(Contender(name, url or self.url, self.pythons[name]))
+                stack.callback(team[-1].stop)
+            for contender in team:
                 contender.do(Work(steps=12, runs=3))
-            yield running
-        finally:
-            for contender in running:
-                contender.stop()
+            yield team
 
 
 def prepare(url: str, folder: Path, without_peers: bool) -> Contenders:
@@ -117,22 +120,24 @@ def prepare(url: str, folder: Path, without_peers: bool) -> Contenders:
     if without_peers:
         return Contenders(url, pythons, ["Peers left out, as asked for."])
     notes = []
-    venv.create(folder, with_pip=True)
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
-    for name, packages in _PACKAGES.items():
+    python = folder / "bin" / "python"
+    for names, packages in _PEERS.items():
         try:
-            if packages:
-                install = [python, "-m", "pip", "install", "-q", *packages]
-                subprocess.run(install, check=True, capture_output=True, text=True)
-            with Contenders(url, {name: python}, []).running([name]):
-                pythons[name] = python
-        except (subprocess.CalledProcessError, RuntimeError) as error:
+            if not python.exists():
+                _output(sys.executable, "-m", "venv", str(folder))
+            _output(str(python), "-m", "pip", "install", "-q", *packages)
+            listed = json.loads(_output(str(python), "-m", "pip", "list", "--format=json"))
+            versions = {package["name"]: package["version"] for package in listed}
+            for name in names:
+                with Contenders(url, {name: python}, []).running([name]):
+                    pythons[name] = python
+            found = [f"{package} {versions[package]}" for package in packages]
+            notes.append(f"{TITLES[names[0]]}: {', '.join(found)}.")
+        except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
-            notes.append(f"{TITLES[name]} left out: {reason}")
-    freeze = subprocess.run(
-        [python, "-m", "pip", "list", "--format=json"], capture_output=True, text=True, check=True
-    )
-    versions = {entry["name"]: entry["version"] for entry in json.loads(freeze.stdout)}
-    wanted = ("dbos", "langgraph", "langgraph-checkpoint-postgres")
-    found = [f"{name} {versions[name]}" for name in wanted if name in versions]
-    return Contenders(url, pythons, [*notes, f"Peers: {', '.join(found)}."] if found else notes)
+            notes.append(f"{TITLES[names[0]]} is left out: {reason}")
+    return Contenders(url, pythons, notes)
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

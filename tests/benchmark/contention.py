@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 from awaitly_postgres import Durable, Outcome, Step, postgres
@@ -20,6 +21,7 @@ from awaitly_postgres import Durable, Outcome, Step, postgres
 from .contenders import Contenders, Work
 from .figures import Figure, Table, Target, figures
 from .server import Server
+from .whole_runs import rate
 
 WORKERS = 16
 SCHEMA = "benchmark_contention"
@@ -34,8 +36,13 @@ def measure(server: Server, contenders: Contenders, rounds: int, quick: bool) ->
     table = Table(
         "contention",
         f"{WORKERS} processes empty one queue of {queued:,} runs of a step",
-        ("", "1 process", f"{WORKERS} processes"),
+        ("figure", "1 process", f"{WORKERS} processes"),
     )
+    table.notes = [
+        f"The one has a queue of {queued // WORKERS:,}. Wasted: to turn to a run that another is",
+        "faster to take; most of these are found out by a look, before a lease is taken, hence the",
+        "commits. A run of one step is four: lease, begin, step, end.",
+    ]
     alone = figures([emptied(server, queued // WORKERS, 1) for _ in range(rounds)])
     together = figures([emptied(server, queued, WORKERS) for _ in range(rounds)])
     commits = round(together[2].median)
@@ -44,7 +51,7 @@ def measure(server: Server, contenders: Contenders, rounds: int, quick: bool) ->
         for processes in (1, WORKERS)
     ]
     table.add("runs/s", alone[0], together[0])
-    table.add(f"{commits} bare commits/s", *bare)
+    table.add(f"the same of {commits} bare INSERTs each", *bare)
     table.add("acquisitions wasted, %", alone[1], together[1])
     table.add("commits of a run", alone[2], together[2])
     table.targets.append(Target("acquisitions wasted, %", together[1], 10))
@@ -61,25 +68,28 @@ def emptied(server: Server, queued: int, workers: int) -> tuple[float, float, fl
             for nr in range(queued):
                 durable.submit(f"run-{nr}", work, nr, conn=server.db)
     server.settle()
-    team = [
-        subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, server.url],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
-            text=True,
-        )
-        for _ in range(workers)
-    ]
-    for worker in team:
-        assert worker.stdout
-        worker.stdout.readline()  # it is ready
-    before, began = server.transactions(), time.perf_counter()
-    for worker in team:
-        assert worker.stdin
-        print(file=worker.stdin, flush=True)
-    counts = [json.loads(worker.communicate()[0]) for worker in team]
-    seconds = time.perf_counter() - began
+    with ExitStack() as stack:
+        team = []
+        for _ in range(workers):
+            team.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", __spec__.name, server.url],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    cwd=Path(__file__).parents[2],
+                    text=True,
+                )
+            )
+            stack.callback(team[-1].kill)
+        for worker in team:
+            assert worker.stdout
+            assert worker.stdout.readline(), "a worker has died, see above"
+        before, began = server.transactions(), time.perf_counter()
+        for worker in team:
+            assert worker.stdin
+            print(file=worker.stdin, flush=True)
+        counts = [json.loads(worker.communicate()[0]) for worker in team]
+        seconds = time.perf_counter() - began
     commits = server.transactions() - before - 1
     completed = sum(count["completed"] for count in counts)
     wasted = sum(count["skipped"] for count in counts)
@@ -90,11 +100,7 @@ def emptied(server: Server, queued: int, workers: int) -> tuple[float, float, fl
 def inserts(contenders: Contenders, commits: int, processes: int, quick: bool) -> float:
     """Return how many runs of so many commits a second bare INSERTs make."""
     with contenders.running(["floor"] * processes) as team:
-        began = time.perf_counter()
-        for contender in team:
-            contender.start(Work(commits - 2, seconds=0.5 if quick else 2))
-        runs = sum(contender.answer()["runs"] for contender in team)
-        return runs / (time.perf_counter() - began)
+        return rate(team, Work(commits - 2, seconds=0.5 if quick else 2))
 
 
 def worker(url: str) -> None:

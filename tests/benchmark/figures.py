@@ -50,7 +50,7 @@ class Target:
     @property
     def met(self) -> bool:
         """Of the figure as it is printed."""
-        shown = float(f"{self.figure.median:.2f}")
+        shown = float(_short(self.figure.median).replace(",", ""))
         return shown >= self.limit if self.at_least else shown <= self.limit
 
     def __str__(self) -> str:
@@ -66,15 +66,15 @@ class Table:
     name: str
     title: str
     columns: Sequence[str]
-    rows: list[Sequence[Cell]] = field(factory=list)
+    rows: list[dict[str, Cell]] = field(factory=list)
     targets: list[Target] = field(factory=list)
     notes: list[str] = field(factory=list)
 
     def add(self, *cells: Cell) -> None:
-        self.rows.append(cells)
+        self.rows.append(dict(zip(self.columns, cells, strict=True)))
 
     def __str__(self) -> str:
-        lines = [list(self.columns), *([str(cell) for cell in row] for row in self.rows)]
+        lines = [list(self.columns), *([str(cell) for cell in row.values()] for row in self.rows)]
         widths = [max(len(line[nr]) for line in lines) for nr in range(len(self.columns))]
         text = [f"\n{self.title}\n"]
         for line in lines:
@@ -87,8 +87,13 @@ class Table:
     def to_json(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            "columns": list(self.columns),
-            "rows": [[_cell(cell) for cell in row] for row in self.rows],
+            "rows": [
+                {
+                    name: cell.to_json() if isinstance(cell, Figure) else cell
+                    for name, cell in row.items()
+                }
+                for row in self.rows
+            ],
             "targets": [
                 {"what": target.what, "limit": target.limit, "met": target.met}
                 | target.figure.to_json()
@@ -101,10 +106,6 @@ class Table:
 def figures(samples: Iterable[Sequence[float]]) -> list[Figure]:
     """Turn rounds of samples into one figure for each place in them."""
     return [Figure(place) for place in zip(*samples, strict=True)]
-
-
-def _cell(cell: Cell) -> Any:
-    return cell.to_json() if isinstance(cell, Figure) else cell
 
 
 def _short(value: float) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
 from .contenders import TITLES
 
 COLOURS = {
@@ -18,24 +21,20 @@ COLOURS = {
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    mpl.rcParams["svg.hashsalt"] = "awaitly"  # the same figures give the same file
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
     _steps(left, results["tables"]["step_cost_300"])
     _runs(right, results["tables"]["whole_runs"])
-    figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    with rc_context({"svg.hashsalt": "awaitly"}):  # the same figures give the same file
+        figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
 
 
 def _steps(axes: Any, table: dict[str, Any]) -> None:
     for name, title in TITLES.items():
-        rows = [row for row in table["rows"] if row[0] == title]
+        rows = [row for row in table["rows"] if row["contender"] == title]
         if rows:
-            counts = [int(row[1].replace(",", "")) for row in rows]
-            cost = [row[4]["median"] / 1000 for row in rows]
+            counts = [int(row["steps"].replace(",", "")) for row in rows]
+            cost = [row["µs of the run"]["median"] / 1000 for row in rows]
             style = "--" if name == "floor" else "-"
             axes.plot(counts, cost, style, marker="o", color=COLOURS[name], label=title)
     axes.set(
@@ -52,12 +51,15 @@ def _steps(axes: Any, table: dict[str, Any]) -> None:
 
 
 def _runs(axes: Any, table: dict[str, Any]) -> None:
-    rows = [row for row in table["rows"] if row[1] == "10"]
-    modes = list(dict.fromkeys(row[2] for row in rows))
-    names = [name for name, title in TITLES.items() if any(row[0] == title for row in rows)]
+    rows = [row for row in table["rows"] if row["steps"] == "10"]
+    modes = list(dict.fromkeys(row["by"] for row in rows))
+    names = [
+        name for name, title in TITLES.items() if any(row["contender"] == title for row in rows)
+    ]
     width = 0.8 / len(names)
     for place, name in enumerate(names):
-        rates = [row[3]["median"] for row in rows if row[0] == TITLES[name]]
+        of_name = [row for row in rows if row["contender"] == TITLES[name]]
+        rates = [row["runs/s"]["median"] for row in of_name]
         spots = [nr + (place - (len(names) - 1) / 2) * width for nr in range(len(modes))]
         bars = axes.bar(spots, rates, width, color=COLOURS[name], label=TITLES[name])
         axes.bar_label(bars, fmt="%.0f", fontsize="x-small")

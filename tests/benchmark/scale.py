@@ -17,7 +17,7 @@ PRUNED = 1_000  # rows, each round
 TAKEN = 100  # pending runs, each round
 FILL = """
 INSERT INTO {schema}.awaitly_snapshots
-SELECT 'user-' || nr % 1000 || '/order-' || nr,
+SELECT 'user-' || nr % ({count} / 100) || '/order-' || nr,
   jsonb_build_object('formatVersion', 1,
     'steps', jsonb_build_object('charge', jsonb_build_object('ok', true, 'value', md5(nr::text)),
       'ship', jsonb_build_object('ok', true, 'value', md5((-nr)::text))),
@@ -39,16 +39,17 @@ def measure(server: Server, _: object, rounds: int, quick: bool) -> Iterator[Tab
     table = Table(
         "scale",
         f"Among {few} and {many} snapshots, {PENDING:,} of them pending",
-        ("", f"ms at {few}", f"ms at {many}", "ratio", f"rows at {few}", f"rows at {many}"),
+        ("call", f"ms at {few}", f"ms at {many}", "ratio", f"rows at {few}", f"rows at {many}"),
     )
     table.notes = [
-        "Rows: rows of tables and entries of indexes that the server has read for the call.",
+        "Each call is the first on a connection. Rows: rows of tables and entries of indexes that",
+        "the server has read for it. list_prefix finds 100 in either.",
         f"resume_pending takes {TAKEN} runs of one step each, prune deletes {PRUNED:,} rows.",
     ]
     for name in Filled.CALLS:
         found = [[stored.measured(name) for stored in stores] for _ in range(rounds)]
         seconds = [Figure(of[nr][0] for of in found) for nr in (0, 1)]
-        rows = [Figure([Figure(of[nr][1] for of in found).median]) for nr in (0, 1)]
+        rows = [Figure(of[nr][1] for of in found) for nr in (0, 1)]
         ratio = seconds[1] / seconds[0]
         table.add(name, seconds[0] * 1e3, seconds[1] * 1e3, ratio, *rows)
         if name == "list_pending":
@@ -91,8 +92,6 @@ class Filled:
 
     def measured(self, name: str) -> tuple[float, int]:
         """Return the seconds and the rows read of one call."""
-        with self.opened() as store:
-            store.ping()
         before = self.server.rows_read(self.schema)
         with self.opened() as store:
             store.ping()
@@ -116,7 +115,7 @@ class Filled:
         assert len(store.list()) == 100
 
     def list_prefix(self, store: SnapshotStore) -> None:
-        assert store.list("user-500/")
+        assert len(store.list("user-50/")) >= 90
 
     def stats(self, store: SnapshotStore) -> None:
         assert store.stats().total

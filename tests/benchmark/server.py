@@ -13,7 +13,6 @@ from typing import Any
 
 import psycopg
 from attrs import define, field
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from awaitly_postgres import embedded
 
@@ -30,12 +29,12 @@ def own_server() -> Iterator[str]:
         Path(folder).chmod(0o755)  # run by root, the server is another user
         data = Path(folder) / "pgdata"
         server = embedded.server(data)
-        with psycopg.connect(server.get_uri(), autocommit=True) as db:
-            for setting in SETTINGS:
-                db.execute(f"ALTER SYSTEM SET {setting}")
-        server.cleanup()
-        server = embedded.server(data)
         try:
+            with psycopg.connect(server.get_uri(), autocommit=True) as db:
+                for setting in SETTINGS:
+                    db.execute(f"ALTER SYSTEM SET {setting}")
+            server.cleanup()
+            server = embedded.server(data)
             yield server.get_uri()
         finally:
             server.cleanup()
@@ -97,26 +96,22 @@ class Wire:
     @contextmanager
     def counted(self) -> Iterator[str]:
         """Yield the URL of the port."""
-        known = conninfo_to_dict(self.url)
-        host, port = str(known.get("host", "localhost")), int(known.get("port") or 5432)
+        with psycopg.connect(self.url) as conn:
+            path = f"{conn.info.host}/.s.PGSQL.{conn.info.port}"
         listener = socket.create_server(("127.0.0.1", 0))
-        serving = threading.Thread(target=self._serve, args=(listener, host, port), daemon=True)
-        serving.start()
-        here = {"host": "127.0.0.1", "port": listener.getsockname()[1]}
+        threading.Thread(target=self._serve, args=(listener, path), daemon=True).start()
+        host, port = listener.getsockname()
         try:
-            yield uri(make_conninfo(self.url, **here, sslmode="disable", gssencmode="disable"))
+            yield f"postgresql://postgres@{host}:{port}/postgres?sslmode=disable&gssencmode=disable"
         finally:
             listener.close()
 
-    def _serve(self, listener: socket.socket, host: str, port: int) -> None:
+    def _serve(self, listener: socket.socket, path: str) -> None:
         with suppress(OSError):  # closed
             while True:
                 client, _ = listener.accept()
-                if host.startswith("/"):
-                    server = socket.socket(socket.AF_UNIX)
-                    server.connect(f"{host}/.s.PGSQL.{port}")
-                else:
-                    server = socket.create_connection((host, port))
+                server = socket.socket(socket.AF_UNIX)
+                server.connect(path)
                 asked = threading.Event()
                 for pair in ((client, server, True), (server, client, False)):
                     threading.Thread(target=self._pump, args=(*pair, asked), daemon=True).start()
@@ -133,13 +128,3 @@ class Wire:
                     self.round_trips += 1
                 target.sendall(data)
             target.shutdown(socket.SHUT_WR)
-
-
-def uri(conninfo: str) -> str:
-    """Write a conninfo as a URL, which is all that SQLAlchemy understands."""
-    known = conninfo_to_dict(conninfo)
-    user, host = known.pop("user", "postgres"), known.pop("host", "localhost")
-    port, name = known.pop("port", 5432), known.pop("dbname", "postgres")
-    known.pop("password", None)
-    options = "&".join(f"{key}={value}" for key, value in known.items())
-    return f"postgresql://{user}@{host}:{port}/{name}?{options}"

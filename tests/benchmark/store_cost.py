@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import string
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from statistics import median
 from typing import Any
 
 from psycopg_pool import ConnectionPool
@@ -41,7 +43,7 @@ def measure(server: Server, _: object, rounds: int, quick: bool) -> Iterator[Tab
     table = Table(
         "store",
         "The store, µs a call",
-        ("", "bytes", "ours", "bare", "× bare", "bare + json", "× bare + json"),
+        ("call", "bytes", "ours", "bare", "× bare", "bare + json", "× bare + json"),
     )
     table.notes = [
         "bare: the statement alone, of a text that is there, its answer left as text; json: with",
@@ -52,24 +54,20 @@ def measure(server: Server, _: object, rounds: int, quick: bool) -> Iterator[Tab
         for size, times in TIMES.items():
             server.fresh_schema(SCHEMA)
             calls = Calls(postgres(pool=pool, schema=SCHEMA), pool, snapshot(size))
-            server.settle()
             for name in ("save", "load", "list", "list_prefix", "prune"):
-                ways = ("ours", "bare", "json")[: 3 if name in ("save", "load") else 2]
-                ours, bare, *with_json = figures(
-                    [
-                        [
-                            calls.seconds(f"{name}_{way}", 1 if name == "prune" else times)
-                            for way in ways
-                        ]
-                        for _ in range(rounds)
-                    ]
-                )
+                server.settle()
+                has_json = name in ("save", "load")
+                ways = ("ours", "bare", "json")[: 3 if has_json else 2]
+                calls.in_turn(name, ways, 1)
+                each = 1 if name == "prune" else times
+                found = figures([calls.in_turn(name, ways, each) for _ in range(rounds)])
+                ours, bare = found[:2]
                 cells: list[Cell] = [ours * 1e6, bare * 1e6, ours / bare, "", ""]
-                if with_json:
-                    cells[3:] = with_json[0] * 1e6, ours / with_json[0]
+                if has_json:
+                    cells[3:] = found[2] * 1e6, ours / found[2]
                     what = f"{name} of {size:,} bytes, times the bare statement"
                     table.targets.append(Target(what, ours / bare, 1.2))
-                    table.targets.append(Target(f"{what} and json", ours / with_json[0], 1.2))
+                    table.targets.append(Target(f"{what} and json", ours / found[2], 1.2))
                 table.add(name.replace("_", " "), f"{size:,}", *cells)
     yield table
 
@@ -98,19 +96,25 @@ class Calls:
         for group in "ab":
             for nr in range(ROWS // 2):
                 store.save(f"{group}-{nr}", document)
+        gc.freeze()  # a collection of all that would fall into the turn of any one of them
         self.old = 20 if len(self.text) > 500_000 else ROWS
 
-    def seconds(self, name: str, times: int) -> float:
+    def in_turn(self, name: str, ways: Sequence[str], times: int) -> list[float]:
+        """Return the median of the seconds that a call takes in each of the ways."""
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for nr in range(times):
+            for way in (*ways[nr % len(ways) :], *ways[: nr % len(ways)]):
+                seconds[way].append(self.seconds(f"{name}_{way}"))
+        return [median(of_way) for of_way in seconds.values()]
+
+    def seconds(self, name: str) -> float:
         call: Callable[[], object] = getattr(self, name)
         if name.startswith("prune"):
             with self.pool.connection() as conn:
                 conn.execute(MAKE_OLD, (self.old,))
-        else:
-            call()
         began = time.perf_counter()
-        for _ in range(times):
-            call()
-        return (time.perf_counter() - began) / times
+        call()
+        return time.perf_counter() - began
 
     def save_ours(self) -> None:
         self.store.save("a-0", self.snapshot)

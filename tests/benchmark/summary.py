@@ -17,54 +17,34 @@ def into(readme: str, results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    tables = results["tables"]
-    steps, runs = tables["step_cost_300"]["rows"], tables["whole_runs"]["rows"]
-    counts = list(dict.fromkeys(row[1] for row in steps))
-    modes = list(dict.fromkeys(row[2] for row in runs))
-    lines = [
-        ["ms a step, in runs of", *counts, "round trips", *(f"runs/s, {mode}" for mode in modes)],
-        ["---", *["--:"] * (len(counts) + 1 + len(modes))],
-    ]
-    for title in TITLES.values():
-        costs = {row[1]: row[4]["median"] / 1000 for row in steps if row[0] == title}
-        rates = {row[2]: row[3]["median"] for row in runs if row[0] == title and row[1] == "10"}
-        if costs:
-            lines.append(
-                [
-                    title,
-                    *(f"{costs[count]:.2f}" if count in costs else "–" for count in counts),
-                    next(row[8] for row in steps if row[0] == title),
-                    *(f"{rates[mode]:,.0f}" if mode in rates else "–" for mode in modes),
-                ]
-            )
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    machine = ", ".join(
-        [results["machine"]["machine"]]
-        + [f"{name} {results['machine'][name]}" for name in ("Python", "PostgreSQL")]
-    )
-    pending = _row(tables["scale"], "list_pending")
+    tables, machine = results["tables"], results["machine"]
     start, contention = tables["start_up"], tables["contention"]
     about = (
         "Whole runs with results of 300 bytes, divided by their steps; and runs of 10 steps in a "
-        f"second. Medians of {results['rounds']} rounds on {machine}. {' '.join(results['peers'])}"
+        f"second. Medians of {results['rounds']} rounds on {machine['machine']}, Python "
+        f"{machine['Python']}, PostgreSQL {machine['PostgreSQL']}. {' '.join(results['peers'])}"
     )
+    pending = _row(tables["scale"], "list_pending")
+    few, many = [_ms(figure) for name, figure in pending.items() if "ms" in name]
     resume = _row(start, "resume 10,000 steps")
+    runs = _row(contention, "runs/s")
+    wasted = _row(contention, "acquisitions wasted, %")["16 processes"]["median"]
     found = [
-        f"`list_pending` takes {_ms(pending[1])} among 10,000 snapshots, {_ms(pending[2])} among "
-        "1,000,000.",
-        f"A cron job with nothing to do takes {_ms(_row(start, 'cron, nothing to do')[1])} from "
-        "start to end; psycopg alone, with one SELECT, "
-        f"{_ms(_row(start, 'psycopg, one SELECT')[1])}.",
-        f"A run of 10,000 steps is resumed in {_ms(resume[1])}, the start of Python included, with "
-        f"{resume[2]['median']:.0f} MB at most.",
-        "16 processes that empty one queue find another to be faster at "
-        f"{_row(contention, 'acquisitions wasted, %')[2]['median']:.0f} % of what they turn to.",
+        f"`list_pending` takes {few} among 10,000 snapshots, {many} among 1,000,000.",
+        "A cron job with nothing to do takes "
+        f"{_ms(_row(start, 'cron, nothing to do')['ms'])} from start to end; psycopg alone, "
+        f"with one SELECT, {_ms(_row(start, 'psycopg, one SELECT')['ms'])}.",
+        f"A run of 10,000 steps is resumed in {_ms(resume['ms'])}, the start of Python included, "
+        f"with {resume['peak memory, MB']['median']:.0f} MB at most.",
+        f"16 processes that empty one queue do {runs['16 processes']['median']:.0f} runs of one "
+        f"step a second, one alone {runs['1 process']['median']:.0f}; {wasted:.0f} % of their "
+        "tries find that another was faster.",
     ]
     return "\n\n".join(
         [
             "",
             "![Milliseconds for each step, and runs a second](tests/benchmark/results.svg)",
-            table,
+            _table(tables["step_cost_300"]["rows"], tables["whole_runs"]["rows"]),
             textwrap.fill(about, 105),
             "\n".join(textwrap.fill(f"- {text}", 105, subsequent_indent="  ") for text in found),
             "",
@@ -72,8 +52,31 @@ def markdown(results: dict[str, Any]) -> str:
     )
 
 
-def _row(table: dict[str, Any], label: str) -> list[Any]:
-    return next(row for row in table["rows"] if row[0] == label)
+def _table(steps: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
+    counts = list(dict.fromkeys(row["steps"] for row in steps))
+    modes = list(dict.fromkeys(row["by"] for row in runs))
+    lines = [
+        ["ms a step, in runs of", *counts, "round trips", *(f"runs/s, {mode}" for mode in modes)],
+        ["---", *["--:"] * (len(counts) + 1 + len(modes))],
+    ]
+    for title in TITLES.values():
+        ours = [row for row in steps if row["contender"] == title]
+        costs = {row["steps"]: f"{row['µs of the run']['median'] / 1000:.2f}" for row in ours}
+        rates = {
+            row["by"]: f"{row['runs/s']['median']:,.0f}"
+            for row in runs
+            if row["contender"] == title and row["steps"] == "10"
+        }
+        if ours:
+            trips = f"{ours[0]['round trips']['median']:.0f}"
+            by_count = [costs.get(count, "–") for count in counts]
+            lines.append([title, *by_count, trips, *(rates.get(mode, "–") for mode in modes)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _row(table: dict[str, Any], label: str) -> dict[str, Any]:
+    """Return the row that begins so."""
+    return next(row for row in table["rows"] if label in row.values())
 
 
 def _ms(figure: dict[str, Any]) -> str:
