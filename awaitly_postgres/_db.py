@@ -121,13 +121,15 @@ class Database:
         """
         if conn is not None:
             return self._run_on(conn, work)
-        backoff = None
+        started, backoff = time.monotonic(), None
         while True:
             try:
                 with self.borrow() as pooled:
                     return work(pooled)
             except (psycopg.Error, UnicodeEncodeError) as error:
-                backoff = backoff or _Backoff(self.retry_for if retry_for is None else retry_for)
+                if backoff is None:
+                    patience = self.retry_for if retry_for is None else retry_for
+                    backoff = _Backoff(started + patience)
                 self._pause_or_raise(error, backoff)
 
     def rows(
@@ -157,7 +159,7 @@ class Database:
         ``opener`` gives a connection inside a transaction that commits when it closes; by default
         a pooled one. Errors of ``body`` pass through untouched, psycopg's included.
         """
-        backoff = _Backoff(self.retry_for)
+        backoff = _Backoff(time.monotonic() + self.retry_for)
         while True:
             phase = "opening"
             try:
@@ -389,12 +391,8 @@ class Database:
 class _Backoff:
     """Pauses between tries: none after the first failure, then longer and out of step."""
 
-    patience: float
-    _give_up_at: float = 0.0
+    _give_up_at: float  # by the monotonic clock
     _delay: float = 0.0
-
-    def __attrs_post_init__(self) -> None:
-        self._give_up_at = time.monotonic() + self.patience
 
     def pause(self) -> bool:
         """Sleep, or return False if time is up."""

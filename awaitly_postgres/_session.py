@@ -12,7 +12,7 @@ from attrs import define, evolve, field, frozen
 
 from . import _failure, _json
 from . import lease as leases
-from ._db import Connection, Database, execute, fetch
+from ._db import Connection, Database, Row, execute, fetch
 from ._run import OnDrift, Run
 from ._sql import Statements
 from .codec import Codec, decode, decode_input, encode
@@ -39,7 +39,7 @@ T = TypeVar("T")
 OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int], WorkflowSnapshot]
 OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 
-# Bytes. A larger row than IN_ROW is spread over PostgreSQL's TOAST table, which costs more to
+# Characters. A larger row than IN_ROW is spread over PostgreSQL's TOAST table, which costs more to
 # rewrite than a step to append; the journal is worth folding from FOLDED on.
 IN_ROW, FOLDED = 2 * 1024, 8 * 1024
 LONGEST_PAUSE = 3600.0  # seconds
@@ -155,7 +155,7 @@ class Session:
         """Under the lease, make ready to go on from what is stored; return that if finished."""
         rows = self._db.rows(self._sql.look, {"id": self._key})
         if unless_touched_since is not None:
-            check_untouched(self.id, rows[0][2] if rows else None, unless_touched_since)
+            check_untouched(self.id, rows, unless_touched_since)
         stored = decode_snapshot(self.id, rows[0][0], rows[0][1]) if rows else None
         if stored is not None and self._is_finished(stored):
             return stored
@@ -481,9 +481,9 @@ class Session:
         return self._lease
 
 
-def check_untouched(id: str, updated_at: str | None, seen: datetime) -> None:
-    """Raise if what was last ``seen`` at that time has changed since."""
-    if updated_at is None or moment(updated_at) != seen:
+def check_untouched(id: str, rows: list[Row], seen: datetime) -> None:
+    """Raise if what was last ``seen`` at that time is gone, or has changed since."""
+    if not rows or moment(rows[0][2]) != seen:
         raise TouchedMeanwhile(f"another process has worked on {id!r} just now")
 
 

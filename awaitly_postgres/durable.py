@@ -362,9 +362,9 @@ class Durable:
         With the time at which it was ``seen`` as pending, raise if it no longer is.
         """
         rows = self.store._db.rows(self.store._sql.look, {"id": self.store.key(id)})
-        text, journal, updated_at, owner, until = rows[0] if rows else ("", None, None, None, "")
-        if seen is not None and rows:
-            check_untouched(id, updated_at, seen)
+        text, journal, _, owner, until = rows[0] if rows else ("", None, None, None, "")
+        if seen is not None:
+            check_untouched(id, rows, seen)
             if owner is not None:
                 raise AlreadyRunning(id, owner, moment(until))
         stored = decode_snapshot(id, text, journal) if rows else None
@@ -421,8 +421,8 @@ class _Queue:
     """What is pending, in turn, each once.
 
     Alone, a worker takes a listing as it comes. When another was faster, they are both working
-    through the same one: then it draws from a longer listing at random, and looks again the
-    sooner the more often it comes too late.
+    through the same one: then it draws at random, and looks again the sooner the more often it
+    comes too late.
     """
 
     _look: Callable[[SnapshotInfo | None, int], Infos]  # so many of those behind an entry
@@ -435,6 +435,8 @@ class _Queue:
         while listing := self._look(self._behind, self._length):
             unseen = [info for info in listing if info.id not in self._seen]
             if not unseen:
+                if self._behind == listing[-1]:
+                    return  # its time is infinity: nothing is behind it
                 self._behind = listing[-1]
             if self._contended:
                 random.shuffle(unseen)
@@ -454,7 +456,7 @@ class _Queue:
 
     @property
     def _length(self) -> int:
-        return 10 * _PAGE if self._contended else _PAGE
+        return _PAGE * min(self._trust, 10) if self._contended else _PAGE
 
     def somebody_was_faster(self) -> None:
         """Tell that the last one had been taken."""

@@ -40,7 +40,8 @@ def postgres(
         auto_create_table: make missing tables on first use.
         journal: False rewrites the whole snapshot at each step, for tables that Node reads while
             a workflow runs; the third table is then neither needed nor made.
-        min_size: connections kept open for good; others close when idle for ten minutes.
+        min_size: connections kept open for good; of the others one closes after ten idle minutes,
+            then the next.
         max_size: connections at most.
         kwargs: further arguments of ``psycopg.connect``.
         retry_for: seconds for which a statement that an outage interrupts is tried again.

@@ -217,6 +217,22 @@ PLACES = [
 ]
 
 
+@pytest.mark.parametrize("time", ["NULL", "'infinity'", "'-infinity'"])
+@pytest.mark.parametrize(("version", "status"), [(1, "completed"), (2, "failed")])
+def test_row_without_a_proper_time_is_run_or_refused_once(
+    durable: Durable, db: DB, time: str, version: int, status: str
+) -> None:
+    """The column allows for it, and a listing must come to its end all the same."""
+
+    @durable.workflow(version=version)
+    def job(step: Step) -> None:
+        step("a", str)
+
+    Durable(durable.store).submit("a", job)
+    db.execute(f"UPDATE awaitly_snapshots SET updated_at = {time}")
+    assert [outcome.status for outcome in durable.resume_pending()] == [status]
+
+
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("nonsense", NONSENSE)
 def test_nonsense_in_a_row_disturbs_no_other(
