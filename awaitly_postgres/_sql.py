@@ -382,7 +382,8 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
             "ON l.workflow_id = s.id AND l.expires_at > clock_timestamp() "
             "WHERE s.id = ANY(%(ids)s::text[])"
         ),
-        # Comparing wakeAt as text and attempts as JSONB never fails, whatever a row holds.
+        # Comparing wakeAt as text and attempts as JSONB never fails, whatever a row holds. Within
+        # COALESCE, because of a bare condition the planner expects one row in 200, and sorts all.
         pending=compile(
             "SELECT id, COALESCE({status}, 'running'), "
             "to_char(updated_at AT TIME ZONE 'UTC', {iso}) FROM {snapshots} s "

@@ -392,7 +392,7 @@ class Durable:
             "max_attempts": self.max_attempts,
             "workflows": workflows,
         }
-        # Seen its values, the planner takes the filters for choosy and sorts all that is pending.
+        # If it saw the values, the planner would expect few rows and sort all that is pending.
         return self.store._infos(self.store._sql.pending, params, custom_plan=False)
 
     def _attempt(self, id: str, seen: datetime) -> Outcome:
