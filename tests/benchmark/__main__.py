@@ -62,6 +62,7 @@ def write(results: dict[str, Any]) -> None:
     picture.draw(results, HERE / "results.svg")
     readme = HERE.parents[1] / "README.md"
     readme.write_text(summary.into(readme.read_text(), results))
+    print(summary.markdown(results))
 
 
 def measured(url: str, options: argparse.Namespace) -> dict[str, Any]:
