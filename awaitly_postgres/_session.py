@@ -43,6 +43,7 @@ OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 # rewrite than a step to append; the journal is worth folding from FOLDED on.
 IN_ROW, FOLDED = 2 * 1024, 8 * 1024
 LONGEST_PAUSE = 3600.0  # seconds
+FAREWELL = 2.0  # seconds to give a lease back in: after an outage, its caller has waited already
 NEVER = "9999-12-31T23:59:59.999Z"  # until a signal comes
 
 
@@ -395,7 +396,7 @@ class Session:
         if self._lease is not None:
             leases.stop_renewing(self._lease)
             with suppress(AwaitlyError):
-                self._lease.release()
+                self._lease._release(retry_for=FAREWELL)
 
     def _raise_if_cancelled(self, error: LeaseLost) -> None:
         stored = None

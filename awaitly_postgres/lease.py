@@ -16,7 +16,7 @@ from datetime import datetime
 
 from attrs import define, field
 
-from ._db import Connection, Database, fetch
+from ._db import Connection, Database, execute, fetch
 from .errors import AlreadyRunning, AwaitlyError
 
 DEFAULT_TTL = 60.0  # seconds
@@ -46,7 +46,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease back. Does nothing if it is lost already."""
-        self._db.count(self._db.sql.release, self.params)
+        self._release(None)
 
     def held(self) -> bool:
         """Ask the server whether the lease still stands."""
@@ -56,6 +56,10 @@ class Lease:
     def params(self) -> dict[str, str]:
         """What a fenced statement needs to name this lease."""
         return {"id": self._key, "token": self.token}
+
+    def _release(self, retry_for: float | None) -> None:
+        statement = self._db.sql.release
+        self._db.run(lambda conn: execute(conn, statement, self.params), retry_for=retry_for)
 
     def _renew(self, ttl: float, retry_for: float | None) -> bool:
         params = {**self.params, "ttl": ttl}

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -496,6 +497,16 @@ def test_a_run_that_an_outage_stops_can_be_resumed(
         db.execute("SELECT pg_sleep(0.05)")  # until the lease that could not be given back ends
     assert [outcome.result for outcome in outcomes] == [["before", "cut"]]
     assert orders.bodies == {"before": 1, "cut": 2}
+
+
+def test_a_run_that_an_outage_stops_waits_for_it_once(
+    connect: Callable[..., SnapshotStore], proxy: Proxy
+) -> None:
+    """Its caller is told after ``retry_for``, not after as much again to give the lease back."""
+    patience, began = 6.0, time.monotonic()
+    with pytest.raises(StoreUnavailable):
+        Durable(connect(retry_for=patience)).run("a", lambda step: step("cut", proxy.cut))
+    assert time.monotonic() - began < 1.6 * patience
 
 
 def test_without_retries_a_cut_connection_is_reported_at_once(
