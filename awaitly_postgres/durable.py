@@ -7,9 +7,8 @@ one, and ends with one that stores the output, folds the journal and gives the l
 
 from __future__ import annotations
 
-import random
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
@@ -17,6 +16,7 @@ from attrs import define, field, frozen
 
 from . import _json
 from ._db import Connection, execute
+from ._queue import Queue
 from ._run import OnDrift
 from ._session import (
     Entry,
@@ -51,7 +51,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
-_PAGE = 100
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
 _REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # nothing has run
 
@@ -254,7 +253,7 @@ class Durable:
         """
         check_limit(limit)
         names = list(self._workflows)
-        queue = _Queue(lambda behind, length: self._pending(prefix, length, names, behind))
+        queue = Queue(lambda behind, length: self._pending(prefix, length, names, behind))
         outcomes: list[Outcome] = []
         ran = 0
         for info in queue:
@@ -414,53 +413,6 @@ class Durable:
                 if isinstance(error, _TAKEN):
                     return Outcome(id, "skipped", None, error, attempts)
             return Outcome(id, "failed", None, error, attempts)
-
-
-@define
-class _Queue:
-    """What is pending, in turn, each once.
-
-    Alone, a worker takes a listing as it comes. When another was faster, they are both working
-    through the same one: then it draws at random, and looks again the sooner the more often it
-    comes too late.
-    """
-
-    _look: Callable[[SnapshotInfo | None, int], Infos]  # so many of those behind an entry
-    _seen: set[str] = field(factory=set)
-    _behind: SnapshotInfo | None = None
-    _trust: int = _PAGE  # how many of a listing to take before looking again
-    _was_late: bool = False
-
-    def __iter__(self) -> Iterator[SnapshotInfo]:
-        while listing := self._look(self._behind, self._length):
-            unseen = [info for info in listing if info.id not in self._seen]
-            if not unseen:
-                if self._behind == listing[-1]:
-                    return  # its time is infinity: nothing is behind it
-                self._behind = listing[-1]
-            if self._contended:
-                random.shuffle(unseen)
-            for info in unseen[: self._trust]:
-                self._seen.add(info.id)
-                yield info
-                if self._was_late:
-                    break
-            self._trust = (
-                max(1, self._trust // 2) if self._was_late else min(_PAGE, self._trust * 2)
-            )
-            self._was_late = False
-
-    @property
-    def _contended(self) -> bool:
-        return self._trust < _PAGE
-
-    @property
-    def _length(self) -> int:
-        return _PAGE * min(self._trust, 10) if self._contended else _PAGE
-
-    def somebody_was_faster(self) -> None:
-        """Tell that the last one had been taken."""
-        self._was_late = True
 
 
 def _place(fn: Callable[..., Any]) -> str:

@@ -24,7 +24,7 @@ FLOORS = [
     ["snapshot", "event", "_sql", "_failure", "codec"],
     ["_db"],
     ["lease", "store", "_run", "step", "workflow"],
-    ["_session", "durable"],
+    ["_session", "_queue", "durable"],
     ["codecs", "embedded", "factory"],
     ["__init__"],
     ["contrib", "cli", "__main__"],  # entry points: users of the package, like any other

@@ -29,7 +29,7 @@ _TEXT = "".join(random.Random(1).choices(string.ascii_letters, k=100_000))  # no
 
 
 class Steps:
-    """What a step does: note the time, and return a text that does not compress well."""
+    """What a step does: note the time, and return its text."""
 
     def __init__(self) -> None:
         # These mean something while there is one run at a time.
@@ -46,11 +46,13 @@ class Steps:
             self.between.append(now - self._last)
         self.count += 1
         self._last = now
-        return self.value(nr, size)
+        return text(nr, size)
 
-    def value(self, nr: int, size: int) -> str:
-        offset = nr * 37 % (len(_TEXT) - size)
-        return _TEXT[offset : offset + size - 2]
+
+def text(nr: int, size: int) -> str:
+    """Return a step's result, so many bytes of JSON: letters that do not compress, nor repeat soon."""
+    offset = nr * size % (len(_TEXT) - size)
+    return _TEXT[offset : offset + size - 2]
 
 
 def step_json(nr: int, value: str) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def rewrite(url: str, body: Steps) -> Run:
         document = {"formatVersion": 1, "steps": recorded, "execution": {"status": "running"}}
         for nr in _evenly(steps, at_most=25):  # all of a long run would take hours
             for earlier in range(len(recorded), nr + 1):
-                recorded[f"step-{earlier}"] = step_json(earlier, body.value(earlier, size))
+                recorded[f"step-{earlier}"] = step_json(earlier, text(earlier, size))
             body(nr, size)
             db.execute(upsert, (id, json.dumps(document)), prepare=True)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import random
-import string
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -16,6 +14,7 @@ from psycopg_pool import ConnectionPool
 
 from awaitly_postgres import SnapshotStore, WorkflowSnapshot, postgres
 
+from .contender import step_json, text
 from .figures import Cell, Table, Target, figures
 from .server import Server
 
@@ -74,12 +73,8 @@ def measure(server: Server, _: object, rounds: int, quick: bool) -> Iterator[Tab
 
 def snapshot(size: int) -> dict[str, Any]:
     """Return a snapshot of about so many bytes, in steps of 300."""
-    chance = random.Random(1)  # noqa: S311
-    steps = {}
-    for nr in range(max(1, size // 395)):
-        value = "".join(chance.choices(string.ascii_letters, k=298))
-        meta = {"startedAt": "2026-01-01T00:00:00.000Z", "durationMs": 0.012, "seq": nr + 1}
-        steps[f"step-{nr}"] = {"ok": True, "value": value, "meta": meta}
+    count = max(1, size // 395)
+    steps = {f"step-{nr}": step_json(nr, text(nr, 300)) for nr in range(count)}
     execution = {"status": "completed", "lastUpdated": "2026-01-01T00:00:00.000Z"}
     return {"formatVersion": 1, "steps": steps, "execution": execution}
 

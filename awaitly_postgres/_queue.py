@@ -1,0 +1,57 @@
+"""In which order a worker turns to what is pending, alone and among others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+
+from attrs import define, field
+
+from .store import Infos, SnapshotInfo
+
+PAGE = 100  # of a listing
+
+
+@define(eq=False)
+class Queue:
+    """What is pending, in turn, each once.
+
+    Alone, a worker takes a listing as it comes. When another was faster, they are both working
+    through the same one: then it draws at random, and looks again the sooner the more often it
+    comes too late.
+    """
+
+    _look: Callable[[SnapshotInfo | None, int], Infos]  # so many of those behind an entry
+    _seen: set[str] = field(factory=set)
+    _behind: SnapshotInfo | None = None
+    _trust: int = PAGE  # how many of a listing to take before looking again
+    _was_late: bool = False
+
+    def __iter__(self) -> Iterator[SnapshotInfo]:
+        while listing := self._look(self._behind, self._length):
+            unseen = [info for info in listing if info.id not in self._seen]
+            if not unseen:
+                if self._behind == listing[-1]:
+                    return  # its time is infinity: nothing is behind it
+                self._behind = listing[-1]
+            if self._contended:
+                random.shuffle(unseen)
+            for info in unseen[: self._trust]:
+                self._seen.add(info.id)
+                yield info
+                if self._was_late:
+                    break
+            self._trust = max(1, self._trust // 2) if self._was_late else min(PAGE, self._trust * 2)
+            self._was_late = False
+
+    @property
+    def _contended(self) -> bool:
+        return self._trust < PAGE
+
+    @property
+    def _length(self) -> int:
+        return PAGE * min(self._trust, 10) if self._contended else PAGE
+
+    def somebody_was_faster(self) -> None:
+        """Tell that the last one had been taken."""
+        self._was_late = True
