@@ -152,16 +152,3 @@ def test_the_run_time_dependencies_are_psycopg_and_attrs() -> None:
     owners = packages_distributions()
     used = {owner for name in json.loads(loaded) for owner in owners.get(name, ())}
     assert {owner.lower().replace("_", "-") for owner in used} <= MAY_LOAD
-
-
-def test_importing_costs_little_more_than_importing_psycopg() -> None:
-    """At most 60 ms of processor time, in the fastest of several fresh interpreters."""
-    program = (
-        "from time import process_time as now; a = now(); import psycopg, psycopg_pool;"
-        "b = now(); import awaitly_postgres; print(b - a, now() - b)"
-    )
-    python(program)  # writes the bytecode
-    starts = [[float(number) for number in python(program).split()] for _ in range(9)]
-    psycopg_alone, more = (min(times) for times in zip(*starts, strict=True))
-    # A slower machine is slower at both.
-    assert more <= max(0.060, psycopg_alone / 2), f"psycopg alone takes {psycopg_alone:.3f} s"
