@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ _DDL_PATIENCE = "5s"  # to wait for others who make the tables
 # SQLSTATE classes and codes of what passes by itself: connection lost, transaction rolled back
 # (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
 _TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
+
+ROLLBACK = psycopg.Rollback
 
 _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
 
@@ -100,6 +103,10 @@ class Database:
     _tables_seen: bool = False
     _inherited: bool = False
     _finalizer: weakref.finalize[Any, Any] | None = field(default=None, repr=False)
+    _lent: set[Connection] = field(factory=set, repr=False)
+    _isolating: weakref.WeakKeyDictionary[Connection, bool] = field(
+        factory=weakref.WeakKeyDictionary, repr=False
+    )
 
     def __attrs_post_init__(self) -> None:
         _databases.add(self)
@@ -132,6 +139,20 @@ class Database:
                     backoff = _Backoff(started + patience)
                 self._pause_or_raise(error, backoff)
 
+    def run_apart(self, work: Callable[[Connection], T]) -> T:
+        """Like `run`, on a connection of its own that is closed afterwards."""
+        backoff = _Backoff(time.monotonic() + self.retry_for)
+        while True:
+            try:
+                with self.connect() as conn:
+                    return work(conn)
+            except psycopg.Error as error:
+                if not _is_transient(error) or not backoff.pause():
+                    raise self._translate(error) from error
+
+    def refuse_to_run_here(self) -> None:
+        """Raise where a run would outlive what the caller is about to roll back."""
+
     def rows(
         self,
         statement: bytes,
@@ -148,33 +169,57 @@ class Database:
         """Run one idempotent statement and return how many rows it changed."""
         return self.run(lambda c: execute(c, statement, params), conn)
 
+    def told(self, work: Callable[[Connection], T], conn: Connection | None = None) -> T:
+        """Run ``work`` in a transaction of its own, once: the answer survives a lost reply.
+
+        When the reply to the commit is lost, the server is asked what became of the transaction.
+        """
+        if conn is not None:
+            return self._run_on(conn, work)
+        done: list[tuple[str, T]] = []  # a transaction and what it told, before its commit
+
+        def in_transaction(conn: Connection) -> T:
+            for xid, answer in done:
+                if self._has_committed(conn, xid):
+                    return answer
+            done.clear()
+            with conn.transaction():
+                answer = work(conn)
+                ((xid,),) = fetch(conn, b"SELECT txid_current_if_assigned()::text", {})
+                if xid is not None:  # otherwise it has changed nothing
+                    done.append((xid, answer))
+            return answer
+
+        return self.run(in_transaction)
+
+    def _has_committed(self, conn: Connection, xid: str) -> bool:
+        """Wait until the transaction is over; tell whether it was committed."""
+        while True:
+            ((status,),) = fetch(conn, b"SELECT txid_status(%(xid)s::bigint)", {"xid": xid})
+            if status != "in progress":
+                return bool(status == "committed")
+            time.sleep(0.05)
+
     def transact(
         self,
         body: Callable[[Connection], T],
-        last: Callable[[Connection, T], None],
         opener: Callable[[], AbstractContextManager[Connection]] | None = None,
     ) -> T:
-        """Run the user's ``body`` and then ``last`` in one transaction, once.
+        """Run ``body`` in one transaction, once; only opening it is tried again.
 
         ``opener`` gives a connection inside a transaction that commits when it closes; by default
-        a pooled one. Errors of ``body`` pass through untouched, psycopg's included.
+        a pooled one. Errors of ``body`` and of the commit pass through as they are.
         """
         backoff = _Backoff(time.monotonic() + self.retry_for)
         while True:
-            phase = "opening"
+            opened = False
             try:
                 with (opener or self._transaction)() as conn:
-                    phase = "body"
-                    result = body(conn)
-                    phase = "closing"
-                    last(conn, result)
-                return result
+                    opened = True
+                    return body(conn)
             except psycopg.Error as error:
-                if phase == "body":
+                if opened:
                     raise
-                if phase == "closing":  # it may have committed: not to be run again blindly
-                    self._recover(error)
-                    raise self._translate(error) from error
                 self._pause_or_raise(error, backoff)
 
     @contextmanager
@@ -182,14 +227,26 @@ class Database:
         with self.borrow() as conn, conn.transaction():
             yield conn
 
+    def isolates(self, conn: Connection) -> bool:
+        """Tell whether the transaction on ``conn`` sees the rows as they were when it began.
+
+        Asked once for each connection: it follows from how the connection was set up.
+        """
+        if conn not in self._isolating:
+            ((level,),) = fetch(conn, b"SELECT current_setting('transaction_isolation')", {})
+            self._isolating[conn] = level not in ("read committed", "read uncommitted")
+        return self._isolating[conn]
+
     @contextmanager
     def borrow(self) -> Iterator[Connection]:
         """Lend a pooled connection in autocommit mode, the tables being there."""
         pool = self._open()
         conn = pool.getconn(timeout=min(_PATIENCE, self.retry_for) or _PATIENCE)
-        self._has_worked = True
-        autocommit = conn.autocommit
+        autocommit = True
         try:
+            self._has_worked = True
+            self._lent.add(conn)
+            autocommit = conn.autocommit
             if not autocommit:
                 conn.autocommit = True
             if self._auto_create and not self._tables_seen:
@@ -197,10 +254,44 @@ class Database:
                 self._tables_seen = True
             yield conn
         finally:
-            if not autocommit:
-                with suppress(psycopg.Error):  # broken, or interrupted in the middle
+            self._lent.discard(conn)
+            if not _is_clean(conn):
+                # An exception out of a signal handler has struck in the middle of a statement, or
+                # of psycopg's book-keeping. What the server is doing is stopped, lest it be done
+                # after what follows here; the connection is not to be used again.
+                with suppress(psycopg.Error):
+                    conn.cancel_safe(timeout=_PATIENCE)
+                conn.close()
+            elif not autocommit:
+                with suppress(psycopg.Error):  # broken
                     conn.autocommit = False
             pool.putconn(conn)
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """Open a connection of its own, for what must not wait for one of the pool."""
+        conn = self.new_connection()
+        try:
+            yield conn
+        finally:
+            conn.close()
+
+    def new_connection(self) -> Connection:
+        """Connect as the pool does, in autocommit mode."""
+        pool = self._open()
+        conninfo = pool.conninfo() if callable(pool.conninfo) else pool.conninfo
+        kwargs = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
+        settings = {"connect_timeout": CONNECT_TIMEOUT, **(kwargs or {}), "autocommit": True}
+        conn: Connection = psycopg.Connection.connect(conninfo, **settings)
+        try:
+            # What the pool does to its connections, a role or a search path that it sets.
+            if (configure := getattr(pool, "_configure", None)) is not None:
+                configure(conn)
+            conn.autocommit = True
+        except BaseException:
+            conn.close()
+            raise
+        return conn
 
     def create_tables(self) -> None:
         """Make what is missing of the schema, indexes included."""
@@ -213,6 +304,19 @@ class Database:
             finalizer, self._finalizer = self._finalizer, None
         if finalizer is not None:
             finalizer()
+
+    def _disconnect_child(self) -> None:
+        """In a forked child, keep the parent's sockets from being written to.
+
+        A step that forks leaves the child inside its transaction, which the child would roll back,
+        on the connection it shares. Its descriptor then leads to nowhere; the parent's is another.
+        """
+        for conn in self._lent:
+            with suppress(OSError, psycopg.Error):
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, conn.fileno())
+                os.close(nowhere)
+        self._lent = set()
 
     # -- opening ---------------------------------------------------------------------------
 
@@ -245,13 +349,21 @@ class Database:
         }
         kwargs = {k: v for k, v in defaults.items() if k not in known}
         kwargs |= {**self._kwargs, "autocommit": True}
+        home = weakref.ref(self)
+
+        def configure(conn: _PooledConnection) -> None:
+            conn.home = home
+            if "prepare_threshold" not in kwargs:
+                _set_up_prepared_statements(conn)
+
         pool: ConnectionPool[Any] = ConnectionPool(
             conninfo or "",
             kwargs=kwargs,
+            connection_class=_PooledConnection,
             min_size=self._min_size,
             max_size=self._max_size,
             open=False,
-            configure=None if "prepare_threshold" in kwargs else _set_up_prepared_statements,
+            configure=configure,
             # A short one: the pool doubles its pauses and would sleep through a recovery.
             reconnect_timeout=_PATIENCE,
         )
@@ -259,6 +371,21 @@ class Database:
         return pool
 
     # -- trouble ---------------------------------------------------------------------------
+
+    @contextmanager
+    def tolerating_outages(self) -> Iterator[None]:
+        """Let errors of the driver and of ours pass by, for work that is tried again anyway."""
+        with suppress(psycopg.Error, AwaitlyError):
+            yield
+
+    def translated(self, error: BaseException) -> AwaitlyError:
+        """Return ours for an error of the driver, or one that was made of it."""
+        return self._translate(driver_error(error) or StoreError(str(error)))
+
+    def recover(self, error: BaseException) -> None:
+        """Clear away what the loss of a connection has broken."""
+        if (lost := driver_error(error)) is not None:
+            self._recover(lost)
 
     def _pause_or_raise(self, error: Exception, backoff: _Backoff) -> None:
         if not self._recover(error) or not backoff.pause():
@@ -433,6 +560,45 @@ def _is_transient(error: Exception) -> bool:
     return error.sqlstate.startswith(_TRANSIENT)
 
 
+def driver_error(error: BaseException) -> psycopg.Error | None:
+    """Return psycopg's error that ``error`` is, or was made from as Django does."""
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, psycopg.Error):
+            return candidate
+    return None
+
+
+def _is_clean(conn: Connection) -> bool:
+    status = conn.pgconn.transaction_status
+    if status == psycopg.pq.TransactionStatus.UNKNOWN:
+        return True  # closed: the pool sees to it
+    nested = getattr(conn, "_num_transactions", 0)
+    return status == psycopg.pq.TransactionStatus.IDLE and not nested
+
+
+class _PooledConnection(psycopg.Connection[Any]):
+    """Finds its way back to the pool.
+
+    An exception out of a signal handler may strike inside the pool, or between its giving a
+    connection and our taking it. Nobody would know of the connection then, and the pool would be
+    smaller by one for good.
+    """
+
+    home: weakref.ref[Database] | None = None
+
+    def __del__(self, *args: Any) -> None:
+        database = self.home and self.home()
+        pool = database and database._pool
+        if pool and not pool.closed and getattr(self, "pgconn", None) and not self.closed:
+            self.close()  # nobody knows in which state it is; the pool replaces it
+            self._pool = pool
+            # In another thread: this one may be anywhere, the pool's own locks included.
+            with suppress(RuntimeError):  # at the end of the process
+                threading.Thread(target=pool.putconn, args=(self,), daemon=True).start()
+        else:
+            super().__del__(*args)
+
+
 def _set_up_prepared_statements(conn: Connection) -> None:
     """Have statements planned once; behind PgBouncer, have none prepared.
 
@@ -463,6 +629,7 @@ def _close_pool(pool: ConnectionPool[Any], pid: int) -> None:
 
 def _after_fork_in_child() -> None:
     for database in list(_databases):
+        database._disconnect_child()
         database._lock = Lock()  # the old one may be held by a thread that is not here
         _left_to_the_parent.extend([database._pool, database._finalizer])
         if database._finalizer is not None:

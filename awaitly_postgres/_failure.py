@@ -10,7 +10,7 @@ from __future__ import annotations
 import builtins
 import sys
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MemberDescriptorType, ModuleType
@@ -20,19 +20,25 @@ from . import _json
 from .errors import NotSerializable, StepFailed
 
 _MAX_STACK = 8_000  # characters
+_MAX_GROUPS = 10  # of exception groups, one inside the other
 _OURS = {
     str(Path(__file__).with_name(name))
     for name in ("step.py", "_run.py", "_session.py", "_db.py", "durable.py", "workflow.py")
 }
 
 
-def to_json(error: BaseException) -> dict[str, Any]:
+def to_json(error: BaseException, depth: int = 0) -> dict[str, Any]:
     """Return the fields of a failed step: ``error``, ``cause`` and ``meta``."""
     kind = type(error)
     exception: dict[str, Any] = {"type": f"{kind.__module__}:{kind.__qualname__}"}
     # What OSError was made of is more than its args: the file names.
-    args = list(OSError.__reduce__(error)[1] if isinstance(error, OSError) else error.args)
+    args = list(OSError.__reduce__(error)[1] if isinstance(error, OSError) else _args(error))
     exception["args"] = args if _fits(args) else [_message(error)]
+    if members := _members(error):
+        exception["args"] = [_message_of_group(error)]
+        exception["exceptions"] = [
+            to_json(member, depth + 1) for member in members if depth < _MAX_GROUPS
+        ]
     exception["state"] = {name: value for name, value in _state(error) if _fits({name: value})}
     return {
         "error": kind.__name__,
@@ -45,7 +51,7 @@ def from_json(key: str, step: Mapping[str, Any]) -> Exception:
     """Rebuild the exception of a failed step, or make a `StepFailed` that tells of it."""
     cause = step.get("cause") or {}
     exception = (step.get("meta") or {}).get("exception")
-    error = _rebuild(exception) if isinstance(exception, Mapping) else None
+    error = _rebuild(key, exception) if isinstance(exception, Mapping) else None
     if error is None:
         name = cause.get("name") or cause.get("originalType") or "an error"
         reason = cause.get("message", cause.get("stringRepresentation", ""))
@@ -53,22 +59,33 @@ def from_json(key: str, step: Mapping[str, Any]) -> Exception:
     return error
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """Walk from an exception to what caused it, through groups, nearest first."""
-    seen: set[int] = set()
-    queue = [error]
-    for current in queue:
-        if id(current) not in seen:
-            seen.add(id(current))
-            yield current
-            queue += getattr(current, "exceptions", ())
-            # "from None" hides the context from readers; it came from there all the same.
-            following = current.__cause__ or current.__context__
-            queue += [following] if following is not None else []
+def _args(error: BaseException) -> tuple[Any, ...]:
+    """Return what it was made of, even if its class gives ``args`` another meaning."""
+    args: tuple[Any, ...] = vars(BaseException)["args"].__get__(error)
+    return args
+
+
+def _group() -> type[BaseException] | None:
+    """Return the class of exception groups; before Python 3.11 it comes from a package, if any."""
+    backport = sys.modules.get("exceptiongroup")
+    return getattr(builtins, "BaseExceptionGroup", getattr(backport, "BaseExceptionGroup", None))
+
+
+def _members(error: BaseException) -> Sequence[BaseException]:
+    """Return the exceptions of a group. Any class may have an attribute called ``exceptions``."""
+    group: Any = _group()
+    if group is None or not isinstance(error, group):
+        return ()
+    return tuple(group.exceptions.__get__(error))
+
+
+def _message_of_group(error: BaseException) -> str:
+    group: Any = _group()
+    return _clean(str(group.message.__get__(error)))
 
 
 def _state(error: BaseException) -> Iterator[tuple[str, Any]]:
-    yield from vars(error).items()
+    yield from _attributes(error).items()
     for name, slot in _slots(type(error)).items():
         with suppress(AttributeError):
             yield name, slot.__get__(error)
@@ -121,7 +138,7 @@ def _clean(text: str) -> str:
     return text.replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
-def _rebuild(exception: Mapping[str, Any]) -> Exception | None:
+def _rebuild(key: str, exception: Mapping[str, Any]) -> Exception | None:
     kind = _loaded_class(exception.get("type"))
     args, state = exception.get("args"), exception.get("state")
     if kind is None or not isinstance(args, list):
@@ -129,6 +146,9 @@ def _rebuild(exception: Mapping[str, Any]) -> Exception | None:
     # The nearest built-in's __new__ and __init__: they run none of the class's own code.
     builtin: Any = next(base for base in _mro(kind) if id(base) in _BUILTINS)
     try:
+        if "exceptions" in exception:
+            args = [*args, [from_json(key, member) for member in exception["exceptions"]]]
+            builtin = _group()
         error: Exception = builtin.__new__(kind, *args)
         with suppress(TypeError):  # UnicodeError wants bytes, which are not JSON
             builtin.__init__(error, *args)

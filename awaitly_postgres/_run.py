@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, NoReturn, Protocol, TypeVar
 
 from attrs import define, field
 
@@ -28,24 +30,26 @@ T = TypeVar("T")
 
 OnDrift = Literal["error", "ignore"]
 
-# How long a thread with new work waits, without any progress, for the other threads of a resumed
-# run to ask for their recorded steps, before that is called drift. Seconds.
-_THREADS_PATIENCE = 5.0
+# Fields of a snapshot's metadata that each new document writes anew, or not at all.
+OF_THIS_MOMENT = ("failure", "failures", "waits", "sleeps", "settled", "wakeAt")
 
 _log = logging.getLogger("awaitly_postgres")
 
 
 class Recorder(Protocol):
-    """Where a run keeps its steps beyond its own memory."""
+    """Where a run keeps its steps beyond its own memory.
 
-    def begin(self) -> None:
-        """Note that live work is about to start."""
+    Every method may raise an `AwaitlyError`, which then ends the run.
+    """
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
         """Keep one step; ``enter`` adds it to the run and returns its JSON."""
 
     def transact(self, key: str, body: Callable[[Any], T], enter: Callable[[T], str]) -> None:
-        """Run ``body`` on a connection and keep its step in the same transaction."""
+        """Run ``body`` on a connection and keep its step in the same transaction.
+
+        Whatever it raises, the run has the step afterwards only if it was committed.
+        """
 
     def signal(self, key: str) -> str | None:
         """Return the JSON that was sent for ``step.wait(key)``, if any was."""
@@ -55,9 +59,9 @@ class Recorder(Protocol):
 
 
 class Interrupted(BaseException):
-    """Carries an error of ours through the user's ``except Exception`` to the caller of run."""
+    """Carries what ends the run through the user's ``except Exception`` to the caller of run."""
 
-    def __init__(self, error: AwaitlyError) -> None:
+    def __init__(self, error: BaseException) -> None:
         super().__init__(error)
         self.error = error
 
@@ -67,7 +71,11 @@ class Run:
     """One run of a workflow function over what is recorded of it.
 
     ``steps`` holds the JSON text of every recorded step by key, of earlier runs and of this one;
-    ``waits`` what the run is suspended for: a time by key, or None for a signal.
+    ``waits`` what this start has asked for in vain: a time by key, or None for a signal;
+    ``sleeps`` when the sleeps end that an earlier start has begun.
+
+    A failed step is *open* until the workflow's own thread has gone on to something later, or the
+    run has completed. Open failures are tried again, so a new run does not take them over.
     """
 
     workflow: str
@@ -78,95 +86,105 @@ class Run:
     recorder: Recorder | None = None
     steps: dict[str, str] = field(factory=dict)
     waits: dict[str, str | None] = field(factory=dict)
+    sleeps: dict[str, str] = field(factory=dict)
     last_key: str | None = None
-    _replayable: set[str] = field(factory=set)  # recorded and not to be tried again
-    _in_order: list[str] = field(factory=list)  # ... by the workflow's own thread, not yet asked
-    _unordered: set[str] = field(factory=set)  # ... elsewhere (threads, Node), not yet asked
-    _had_threads: bool = False
-    _restored: WorkflowSnapshot | None = None
-    _asked: dict[str, int] = field(factory=dict)  # in order, with the thread
-    _failures: dict[str, BaseException] = field(factory=dict)
+    settled: int = -1  # the number of the last failure that a wait of the own thread has settled
+    _in_order: list[str] = field(factory=list)  # recorded by the own thread, not yet asked for
+    _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
+    _parallel: set[str] = field(factory=set)  # ... by other threads
+    _asked: set[str] = field(factory=set)
     _seq: int = 0
-    _live: bool = False
-    _interrupted: Interrupted | None = None
+    _gone_on_after: int = 0  # the last number there was when the own thread asked for new work
+    _in_step: dict[int, str] = field(factory=dict)  # by thread
+    _unrecorded: str | None = None  # what the own thread has begun and not recorded
+    _ended_by: BaseException | None = None
+    _over: bool = False
     _own_thread: int = field(factory=threading.get_ident)
-    _changed: threading.Condition = field(factory=threading.Condition)
+    _handled_before: BaseException | None = None
+    _lock: threading.RLock = field(factory=threading.RLock)
 
-    def restore(self, snapshot: WorkflowSnapshot, retried: Collection[str] = ()) -> None:
-        """Take over what an earlier run has recorded, but for the failures to be ``retried``."""
-        self._restored = snapshot
+    def restore(self, snapshot: WorkflowSnapshot) -> bool:
+        """Take over what an earlier run has recorded; tell whether open failures were left out."""
         recorded = snapshot.to_json()["steps"]
-        self.steps = {key: _json.dumps(step) for key, step in recorded.items()}
+        metadata = snapshot.metadata or {}
         metas = {key: step.get("meta") or {} for key, step in recorded.items()}
         seqs = {key: _positive(meta.get("seq")) for key, meta in metas.items()}
+        if "settled" in metadata:
+            self.settled = _positive(metadata["settled"])
+        settled = max(self.settled, _own_thread_went_on_after(metas, seqs))
+        # Node numbers nothing, but says which step was its last.
+        last_of_node = str(metadata.get("lastStepKey"))
+        completed = snapshot.execution.status == "completed"
+        replayed = [
+            key
+            for key, step in recorded.items()
+            if step["ok"]
+            or completed
+            or seqs[key] <= settled
+            or (not seqs[key] and last_of_node != key and last_of_node in recorded)
+        ]
+        self.steps = {key: _json.dumps(recorded[key]) for key in replayed}
         self._seq = max(seqs.values(), default=0)
         if self._seq:
             self.last_key = max(seqs, key=seqs.__getitem__)
-        self._replayable = set(recorded) - _marked_as_the_end(recorded, metas, seqs) - set(retried)
-        parallel = {key for key in self._replayable if metas[key].get("parallel")}
-        self._had_threads = bool(parallel)
-        self._unordered = parallel | {key for key in self._replayable if not seqs[key]}
-        in_order = sorted(self._replayable - self._unordered, key=seqs.__getitem__)
+        self._parallel = {key for key in replayed if metas[key].get("parallel")}
+        self._unnumbered = {key for key in replayed if not seqs[key]} - self._parallel
+        in_order = [key for key in replayed if seqs[key] and key not in self._parallel]
+        in_order.sort(key=seqs.__getitem__)
         self._in_order = in_order[::-1]  # the next one is the last
-        waits = (snapshot.metadata or {}).get("waits")
-        if isinstance(waits, Mapping):
-            self.waits = {
-                key: due
-                for key, due in waits.items()
-                if key not in recorded and (due is None or isinstance(due, str))
-            }
+        for name in ("waits", "sleeps"):
+            if isinstance(ends := metadata.get(name), Mapping):
+                self.sleeps |= {
+                    key: end
+                    for key, end in ends.items()
+                    if isinstance(end, str) and key not in self.steps
+                }
+        return len(replayed) < len(recorded)
 
     def run(self, fn: Callable[[], T]) -> T:
         """Call ``fn``, which steps through this run, and see that it asks for all that is recorded.
 
-        A crash leaves open whether the workflow had caught the last recorded failure. So it is
-        replayed; if the workflow ends with it then, before anything new has run, it was the end,
-        and the function is called once more to try that step again.
+        ``fn`` may swallow or replace what has ended the run; the caller gets it all the same.
         """
         self._own_thread = threading.get_ident()
+        self._handled_before = sys.exc_info()[1]
         self.emit("run_started")
-        try:
-            return self._call(fn)
-        except Exception as error:
-            ended_with = set() if self._live or self._interrupted else set(self._blamed(error))
-            if self._restored is None or not ended_with:
-                raise
-        self._asked.clear()
-        self._failures.clear()
-        self.restore(self._restored, ended_with)
-        return self._call(fn)
-
-    def _call(self, fn: Callable[[], T]) -> T:
         try:
             result = fn()
             if (unreached := self._unreached()) and self.on_drift == "error":
                 self._interrupt(WorkflowDrift(self.id, None, unreached))
         except (Exception, Interrupted):
-            if self._interrupted is None:
+            if self._ended_by is None:
                 raise
-        # Whatever the function made of it on the way: swallowed by a bare except, or replaced.
-        if self._interrupted is not None:
-            raise self._interrupted.error
+        if self._ended_by is not None:
+            raise self._ended_by
         return result
+
+    def end(self) -> None:
+        """Refuse from now on what other threads still want to record."""
+        with self._lock:
+            self._over = True
 
     @property
     def interruption(self) -> AwaitlyError | None:
         """The error of ours that has ended the run, not one that a step has raised."""
-        return None if self._interrupted is None else self._interrupted.error
+        return self._ended_by if isinstance(self._ended_by, AwaitlyError) else None
 
     def step(self, key: str, fn: Callable[..., T], call: Callable[[], T]) -> T:
         """Replay ``key``, or run ``call`` and record what comes out."""
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, fn, recorded)
-        timer = self._start(key)
-        try:
-            value = call()
-        except Exception as error:
-            self._record_failure(key, error, timer.stop())
-            raise
-        timing = timer.stop()
-        return self._record_value(key, fn, lambda: self._encode(key, value), timing)
+        with self._live(key):
+            timer = self._start(key)
+            try:
+                value = call()
+            except Exception as error:
+                self._record_failure(key, error, timer.stop())
+                raise
+            text = self._encode(key, value)
+            self._record_value(key, text, timer.stop())
+        return self._decode(key, fn, text)
 
     def step_transaction(self, key: str, fn: Callable[..., T], call: Callable[[Any], T]) -> T:
         """Replay ``key``, or run ``call`` and record it in one transaction."""
@@ -176,30 +194,33 @@ class Run:
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, fn, recorded)
-        timer = self._start(key)
-        text, raised = "", None
+        text, of_the_body = "", None
+        with self._live(key):
+            timer = self._start(key)
 
-        def body(conn: Any) -> T:
-            nonlocal raised
+            def body(conn: Any) -> T:
+                nonlocal of_the_body
+                try:
+                    return call(conn)
+                except Exception as error:
+                    of_the_body = error
+                    raise
+
+            def enter(value: T) -> str:
+                nonlocal text
+                text = self._encode(key, value)
+                return self._enter(key, text, timer.stop())
+
             try:
-                return call(conn)
+                recorder.transact(key, body, enter)
             except Exception as error:
-                raised = error
+                if isinstance(error, AwaitlyError) and error is not of_the_body:
+                    raise self._interrupt(error) from error
+                if key in self.steps:  # committed, and interrupted right then: nothing may follow
+                    self._stop(error)
+                else:  # rolled back, by the body or because the server refused to commit it
+                    self._record_failure(key, error, timer.stop())
                 raise
-
-        def enter(value: T) -> str:
-            nonlocal text
-            text = self._encode(key, value)
-            return self._enter(key, text, timer.stop())
-
-        try:
-            recorder.transact(key, body, enter)
-        except Exception as error:
-            if error is raised:
-                self._record_failure(key, error, timer.stop())
-            elif isinstance(error, AwaitlyError):
-                raise self._interrupt(error) from error
-            raise
         self.emit("step_completed", key, timer.stop()["durationMs"])
         return self._decode(key, fn, text)
 
@@ -208,53 +229,53 @@ class Run:
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, _nothing, recorded)
-        timer = self._start(key)
-        now = datetime.now(timezone.utc) if self.recorder is None else self.recorder.now()
-        due = self.waits.get(key) or timestamp(now + duration)
-        if due > timestamp(now):
-            self._suspend(key, due)
-        return self._record_value(key, _nothing, lambda: "null", timer.stop())
+        with self._live(key):
+            timer = self._start(key)
+            now = self._now()
+            due = self.sleeps.get(key) or timestamp(now + duration)
+            if due > timestamp(now):
+                self._suspend(key, due)
+            self._record_value(key, "null", timer.stop())
+        return None
 
     def wait(self, key: str) -> Any:
         """Return what was sent for ``key``, else suspend the run."""
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, _nothing, recorded)
-        timer = self._start(key)
-        value = None if self.recorder is None else self.recorder.signal(key)
-        if value is None:
-            self._suspend(key, None)
-        return self._record_value(key, _nothing, lambda: str(value), timer.stop())
+        with self._live(key):
+            timer = self._start(key)
+            value = self._signal(key) or self._suspend(key, None)
+            self._record_value(key, value, timer.stop())
+        return self._decode(key, _nothing, value)
 
     def forget(self, key: str) -> None:
         """Take back a step that was rolled back."""
         self.steps.pop(key, None)
 
-    def blame(self, error: BaseException) -> None:
-        """Mark the step whose failure ended the run, so that the next run tries it again."""
-        for key in self._blamed(error):
-            step = _json.loads(self.steps[key])
-            step["meta"] = {**(step.get("meta") or {}), "ended": True}
-            self.steps[key] = _json.dumps(step)
-
-    def _blamed(self, error: BaseException) -> list[str]:
-        """Return the steps whose failures ``error`` is, or comes from; several for a group.
-
-        Not one after which the workflow's own thread has asked for another step, to clean up: it
-        has moved past it, and what it recorded then could not be asked for before a new try.
-        """
-        blamed: list[str] = []
-        own = [key for key, thread in self._asked.items() if thread == self._own_thread]
-        for cause in _failure.chain(error):
-            keys = [key for key, failure in self._failures.items() if failure is cause]
-            blamed += [key for key in keys if key not in own[:-1]]
-            if keys and not hasattr(error, "exceptions"):
-                break
-        return blamed
-
     def steps_json(self) -> str:
         """Return all steps as the text of one JSON object."""
         return _json.join(self.steps)
+
+    def standing(self, status: str, suspended: bool) -> dict[str, Any]:
+        """Return what the metadata of a document tell of waiting and of settled failures."""
+        found: dict[str, Any] = {}
+        if suspended:
+            found["waits"] = self.waits
+        if sleeps := {key: end for key, end in self.sleeps.items() if key not in self.waits}:
+            found["sleeps"] = sleeps
+        if self.settled >= 0:
+            found["settled"] = self.settled
+        return {} if status == "completed" else found
+
+    def refuse_if_over(self, key: str) -> None:
+        """Raise if the run has ended, so that nothing is acknowledged which nobody keeps."""
+        if self._over:
+            name = "this run" if self.id is None else f"the run of {self.id!r}"
+            raise WorkflowError(
+                f"{name} ended while another thread was still in step {key!r}; its result was not "
+                "recorded. Have the workflow function wait for its threads."
+            )
 
     def emit(
         self,
@@ -275,126 +296,191 @@ class Run:
     # -- asking ----------------------------------------------------------------------------
 
     def _ask(self, key: str) -> str | None:
-        """Return the recorded JSON of ``key``, or None when the step may run now."""
+        """Return the recorded JSON of ``key``, or None when the step may run now.
+
+        The workflow's own thread asks for its recorded steps in their order, and for all of them
+        before anything new. Other threads are free; what they have recorded and nobody has asked
+        for when the function returns is drift then.
+        """
         check_id(key, "step key")
-        with self._changed:
-            if self._interrupted is not None:
-                raise self._interrupted
+        thread = threading.get_ident()
+        with self._lock:
+            self.refuse_if_over(key)
+            self._refuse_if_ended()
+            if thread in self._in_step:
+                raise self._interrupt(
+                    WorkflowError(
+                        f"step {key!r} was called inside step {self._in_step[thread]!r}. Call it "
+                        "from the workflow function: what is inside a step is recorded as a whole."
+                    )
+                )
             if key in self._asked:
                 raise self._interrupt(DuplicateStepKey(self.id, key))
-            self._asked[key] = threading.get_ident()
-            if key in self._replayable:
+            own = thread == self._own_thread
+            if own and self.on_drift == "error" and not self._is_in_turn(key):
+                raise self._interrupt(WorkflowDrift(self.id, key, self._unreached()))
+            self._asked.add(key)
+            if key in self.steps:
                 self._reach(key)
                 return self.steps[key]
-            self._wait_until_all_reached(key)
-            if not self._live and self.recorder is not None:
-                try:
-                    self.recorder.begin()
-                except AwaitlyError as error:
-                    raise self._interrupt(error) from error
-            self._live = True
+            if own:
+                if self._unrecorded is not None:
+                    raise self._interrupt(
+                        WorkflowError(
+                            f"step {self._unrecorded!r} was interrupted before it was recorded, so "
+                            f"step {key!r} may not follow it. Resume the run."
+                        )
+                    )
+                self._unrecorded = key
+                self._gone_on_after = self._seq
             return None
 
+    def _is_in_turn(self, key: str) -> bool:
+        if key in self._parallel or key in self._unnumbered:
+            return True
+        if self._in_order:
+            return self._in_order[-1] == key
+        return not self._unnumbered
+
     def _reach(self, key: str) -> None:
-        """Tick ``key`` off. The workflow's own thread must ask in the order of the record."""
-        if key in self._unordered:
-            self._unordered.discard(key)
-        elif self._in_order[-1] == key:
+        if self._in_order and self._in_order[-1] == key:
             self._in_order.pop()
+        elif key in self._parallel or key in self._unnumbered:
+            self._parallel.discard(key)
+            self._unnumbered.discard(key)
         else:
-            own = threading.get_ident() == self._own_thread
-            if own and self.on_drift == "error":
-                raise self._interrupt(WorkflowDrift(self.id, key, self._unreached()))
-            self._in_order.remove(key)
-        self._changed.notify_all()
+            self._in_order.remove(key)  # asked for by another thread, or drift is ignored
 
-    def _wait_until_all_reached(self, key: str) -> None:
-        """Return once everything recorded has been asked for: new work must not start before.
-
-        What the workflow's own thread recorded is asked for there, in order; when that thread comes
-        with something new, it never will be. Other threads may still be on their way.
-        """
-        if self.on_drift == "ignore":
-            return
-        while unreached := self._unreached():
-            own = threading.get_ident() == self._own_thread
-            hopeless = own and not self._had_threads
-            if hopeless or not self._changed.wait(_THREADS_PATIENCE):
-                raise self._interrupt(WorkflowDrift(self.id, key, unreached))
-            if self._interrupted is not None:
-                raise self._interrupted
+    def _refuse_if_ended(self) -> None:
+        if self._ended_by is None and threading.get_ident() == self._own_thread:
+            # A ``finally`` of the workflow while Ctrl-C or the like passes through it.
+            passing = sys.exc_info()[1]
+            if passing is not self._handled_before and not isinstance(
+                passing, (Exception, Interrupted, type(None))
+            ):
+                self._stop(passing)
+        if self._ended_by is not None:
+            raise Interrupted(self._ended_by)
 
     def _unreached(self) -> list[str]:
-        return self._in_order[::-1] + sorted(self._unordered)
+        return [*self._in_order[::-1], *sorted(self._unnumbered | self._parallel)]
+
+    # -- working ---------------------------------------------------------------------------
+
+    @contextmanager
+    def _live(self, key: str) -> Iterator[None]:
+        """Run a step that is not recorded yet.
+
+        When it is left without a record (Ctrl-C, or an exception out of a signal handler while it
+        was being recorded), nothing may follow in this start: what came later would be recorded
+        out of turn, and the step could never be asked for again.
+        """
+        thread = threading.get_ident()
+        self._in_step[thread] = key
+        try:
+            yield
+        except BaseException as error:
+            unrecorded = key not in self.steps or not isinstance(error, Exception)
+            if unrecorded and not isinstance(error, Interrupted):
+                self._stop(error)
+            raise
+        finally:
+            self._in_step.pop(thread, None)
+
+    def _stop(self, error: BaseException) -> None:
+        with self._lock:
+            if self._ended_by is None:
+                self._ended_by = error
 
     def _interrupt(self, error: AwaitlyError) -> Interrupted:
-        """End the run with ``error``: now, and at every further step it may still try."""
-        with self._changed:
-            if self._interrupted is None:
-                self._interrupted = Interrupted(error)
-                self._changed.notify_all()
-            return self._interrupted
+        """End the run with ``error``: every further step is refused, in every thread."""
+        self._stop(error)
+        return Interrupted(error)
 
-    def _suspend(self, key: str, due: str | None) -> None:
-        self.waits[key] = due
+    def _now(self) -> datetime:
+        if self.recorder is None:
+            return datetime.now(timezone.utc)
+        try:
+            return self.recorder.now()
+        except AwaitlyError as error:  # an outage travels past ``except Exception``, as elsewhere
+            raise self._interrupt(error) from error
+
+    def _signal(self, key: str) -> str | None:
+        if self.recorder is None:
+            return None
+        try:
+            return self.recorder.signal(key)
+        except AwaitlyError as error:
+            raise self._interrupt(error) from error
+
+    def _suspend(self, key: str, due: str | None) -> NoReturn:
+        with self._lock:
+            self.waits[key] = due
+            if due is not None:
+                self.sleeps[key] = due
+            if threading.get_ident() == self._own_thread:
+                self.settled = self._gone_on_after  # it has gone on, to wait
         raise self._interrupt(WorkflowSuspended(self.id, key))
-
-    # -- recording -------------------------------------------------------------------------
 
     def _start(self, key: str) -> _Timer:
         self.emit("step_started", key)
         return _Timer()
 
-    def _record_value(
-        self, key: str, fn: Callable[..., T], encoded: Callable[[], str], timing: _Timing
-    ) -> T:
-        try:
-            text = encoded()
-            self._record(key, lambda: self._enter(key, text, timing))
-        except AwaitlyError as error:
-            raise self._interrupt(error) from error
+    def _record_value(self, key: str, text: str, timing: _Timing) -> None:
+        self._record(key, lambda: self._enter(key, text, timing))
         self.emit("step_completed", key, timing["durationMs"])
-        return self._decode(key, fn, text)
 
     def _record_failure(self, key: str, error: Exception, timing: _Timing) -> None:
         def enter() -> str:
             step = {"ok": False, **_failure.to_json(error)}
-            with self._changed:
+            with self._lock:
                 step["meta"] = {**step["meta"], **self._meta(timing)}
-                text = self._add(key, _json.dumps(step))
-                self._failures[key] = error
-                return text
+                return self._add(key, _json.dumps(step))
 
-        try:
-            self._record(key, enter)
-        except AwaitlyError as lost:
-            raise self._interrupt(lost) from error
+        self._record(key, enter, error)
         self.emit("step_failed", key, timing["durationMs"], error)
 
-    def _record(self, key: str, enter: Callable[[], str]) -> None:
-        if self.recorder is None:
-            enter()
-        else:
-            self.recorder.record(key, enter)
+    def _record(self, key: str, enter: Callable[[], str], failure: Exception | None = None) -> None:
+        try:
+            if self.recorder is not None:
+                self.recorder.record(key, enter)
+                return
+            with self._lock:
+                self.refuse_if_over(key)
+                enter()
+        except AwaitlyError as error:
+            if self._over:
+                raise
+            raise self._interrupt(error) from (failure or error)
 
     def _enter(self, key: str, value: str, timing: _Timing) -> str:
-        with self._changed:
+        with self._lock:
             meta = _json.encode_own(self._meta(timing))
             return self._add(key, f'{{"ok":true,"value":{value},"meta":{meta}}}')
 
     def _add(self, key: str, step: str) -> str:
         self.steps[key] = step
+        if self._unrecorded == key:
+            self._unrecorded = None
         self.waits.pop(key, None)
+        self.sleeps.pop(key, None)
         self.last_key = key
         return step
 
     def _meta(self, timing: _Timing) -> dict[str, Any]:
+        before = self._seq
         self._seq += 1
         meta = {**timing, "seq": self._seq}
-        return meta if threading.get_ident() == self._own_thread else {**meta, "parallel": True}
+        if threading.get_ident() != self._own_thread:
+            return {**meta, "parallel": True}
+        # Steps of other threads were recorded since this one was asked for.
+        return meta if self._gone_on_after == before else {**meta, "after": self._gone_on_after}
 
     def _encode(self, key: str, value: Any) -> str:
-        return encode(self.codec, value, f"the result of step {key!r}")
+        try:
+            return encode(self.codec, value, f"the result of step {key!r}")
+        except AwaitlyError as error:
+            raise self._interrupt(error) from error
 
     def _decode(self, key: str, fn: Callable[..., T], text: str) -> T:
         try:
@@ -408,8 +494,7 @@ class Run:
         step = _json.loads(recorded)
         if step["ok"]:
             return self._decode(key, fn, _json.dumps(step.get("value")))
-        failure = self._failures[key] = _failure.from_json(key, step)
-        raise failure
+        raise _failure.from_json(key, step)
 
 
 _Timing = dict[str, Any]
@@ -435,15 +520,16 @@ def _positive(value: object) -> int:
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 
-def _marked_as_the_end(
-    recorded: Mapping[str, Any], metas: Mapping[str, Any], seqs: Mapping[str, int]
-) -> set[str]:
-    """Return the failures that the last run has marked as its end and that still are."""
-    own_newest = max((s for key, s in seqs.items() if not metas[key].get("parallel")), default=0)
-    return {
-        key
-        for key, step in recorded.items()
-        if not step["ok"]
-        and metas[key].get("ended")
-        and (metas[key].get("parallel") or seqs[key] == own_newest)
-    }
+def _own_thread_went_on_after(
+    metas: Mapping[str, Mapping[str, Any]], seqs: Mapping[str, int]
+) -> int:
+    """Return the last number that was given before the own thread asked for its last recorded step.
+
+    A step of the own thread was asked for when all before it had been recorded, unless it says
+    otherwise: that steps of other threads were recorded while it ran.
+    """
+    own = [key for key, seq in seqs.items() if seq and not metas[key].get("parallel")]
+    return max(
+        (min(_positive(metas[key].get("after", seqs[key])), seqs[key] - 1) for key in own),
+        default=-1,
+    )

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, suppress
-from datetime import datetime
+from contextlib import AbstractContextManager, suppress
+from datetime import datetime, timezone
 from typing import Any, Literal, TypeVar
 
 from attrs import define, evolve, field, frozen
 
 from . import _failure, _json
 from . import lease as leases
-from ._db import Connection, Database, Row, execute, fetch
-from ._run import OnDrift, Run
+from ._db import ROLLBACK, Connection, Database, Row, driver_error, execute, fetch
+from ._run import OF_THIS_MOMENT, OnDrift, Run
 from ._sql import Statements
 from .codec import Codec, decode, decode_input, encode
 from .errors import (
+    AlreadyRunning,
     AwaitlyError,
     LeaseLost,
     StoreError,
@@ -25,6 +27,7 @@ from .errors import (
     WorkflowCancelled,
     WorkflowConflict,
     WorkflowDrift,
+    WorkflowError,
     WorkflowSuspended,
 )
 from .event import EventType, OnEvent
@@ -74,6 +77,18 @@ class TouchedMeanwhile(AwaitlyError):
     """Another process has worked on the run between a listing and now."""
 
 
+@frozen
+class Written:
+    """What a run has stored so far, as far as it is known to have landed."""
+
+    number: int = 0  # of the last write of the snapshot
+    tried: int = 0  # of the last one sent; more, while it is not known what became of it
+    size: int = 0  # characters of the snapshot then
+    appended: int = 0  # characters put into the journal since
+    last_appended: str | None = None  # the key
+    journal_is_empty: bool = False
+
+
 @define(eq=False)
 class Session:
     """One run: takes the lease, is the `Recorder` of the steps, gives the lease back."""
@@ -85,18 +100,21 @@ class Session:
     input: str  # JSON text
     attempts: int = 0
     end: EventType | None = None  # None: it has not come to run
-    _failures: int = 0  # since the run last suspended itself
+    _has_got_further: bool = False
     _key: str = field(init=False)
     _run: Run = field(init=False)
     _token: str = field(init=False, factory=leases.new_token)
     _lease: Lease | None = None
+    _may_have_lease: bool = False  # asked for, and an exception may have struck before the answer
     _stored: WorkflowSnapshot | None = None
-    _begun: bool = False
-    _written: int = 0  # characters of the snapshot when it was last rewritten
-    _appended: int = 0  # characters put into the journal since
-    _journal_is_empty: bool = False
+    _written: Written = Written()
+    _must_rewrite: bool = False  # what is stored has steps that this start does not take over
+    _locked: bool = False  # a transaction held the lease's row longer than the lease may last
     _in_doubt: str | None = None  # the step of a transaction whose outcome is not known
-    _turn: threading.Lock = field(factory=threading.Lock)
+    _pid: int = field(factory=os.getpid)
+    # One write at a time. Taken after a connection, so that nobody who has it waits for one.
+    # Reentrant only so that a thread can tell that it has it, wherever an exception has struck.
+    _turn: threading.RLock = field(factory=threading.RLock)
 
     def __attrs_post_init__(self) -> None:
         self._key = self.store.key(self.id)
@@ -109,68 +127,138 @@ class Session:
 
     def submit(self, conn: Connection | None) -> bool:
         """Store the input for a later run; tell whether it is new."""
-        params = {"id": self._key, "snapshot": self._document("running")}
-        if self._db.rows(self._sql.create, params, conn):
+        now = datetime.now(timezone.utc).isoformat()
+        params = {"id": self._key, "snapshot": self._document("running", submitted_at=now)}
+        tries = 0
+
+        def create(conn: Connection) -> bool:
+            nonlocal tries
+            tries += 1
+            return bool(fetch(conn, self._sql.create, params))
+
+        if self._db.run(create, conn):
             return True
         stored = self.store.load(self.id, conn=conn)
-        if stored is not None:
-            self._check_identity(stored)
-        return False
+        if stored is None:
+            return False
+        self._check_identity(stored)
+        # An earlier try may have stored it, and only its reply was lost.
+        return tries > 1 and (stored.metadata or {}).get("submittedAt") == now
 
     def start(self, unless_touched_since: datetime | None = None) -> Any:
         """Run to an end, or return the recorded output."""
-        self.attempts = 1
-        if unless_touched_since is None:
-            found = self._begin_afresh()
-            if found is not None and self._is_finished(found):
-                return self._output(found)
-        if not self._begun:
-            if self._lease is None:
-                ttl = self.policy.lock_ttl
-                self._lease = leases.acquire(self._db, self.id, self._key, ttl, self._token)
-            try:
-                finished = self._take_up(unless_touched_since)
-            except BaseException:
-                self._release()
-                raise
-            if finished is not None:
-                self._release()
-                return self._output(finished)
-        return self._execute()
+        self._db.refuse_to_run_here()
+        try:
+            finished = self._take(unless_touched_since)
+            if finished is None:
+                return self._execute()
+            return self._output(finished)
+        finally:
+            # Whatever has struck, and wherever: a lease that is still ours is given back.
+            self._release()
 
-    def _begin_afresh(self) -> WorkflowSnapshot | None:
+    def _take(self, unless_touched_since: datetime | None) -> WorkflowSnapshot | None:
+        """Take lease and run, and count the start; return what is stored if that is finished."""
+        found: Row | None = None
+        if unless_touched_since is None:
+            found = self._begin()
+            if self._written.size:
+                return None
+        while True:
+            if found is not None:
+                stored = decode_snapshot(self.id, found[0], found[1])
+                if self._is_finished(stored):
+                    return stored
+                if unless_touched_since is None:
+                    self._check_version(stored)  # from cron, it counts as a start
+                self._acquire()
+                if (taken := self._take_up(stored, found)) is not None:
+                    self._restore(taken)
+                    return None
+            # Nobody has looked so far, or somebody else was at it before the lease was ours.
+            self._acquire()
+            rows = self._db.rows(self._sql.look, {"id": self._key})
+            if unless_touched_since is not None:
+                check_untouched(self.id, rows, unless_touched_since)
+            found = rows[0] if rows else None
+            if found is None:
+                self._create()
+                if self._written.size:
+                    return None
+
+    def _begin(self) -> Row | None:
         """Take the lease and store the input in one statement, if nothing is stored yet.
 
         Otherwise return what is stored, and nothing has changed.
         """
-        token, ttl, document = self._token, self.policy.lock_ttl, self._document("running")
+        token, ttl, document = self._token, self.policy.lock_ttl, self._first_document()
         params = {"id": self._key, "token": token, "ttl": ttl, "snapshot": document}
-        ((text, journal, until, created),) = self._db.rows(self._sql.begin, params, prepare=True)
+        self._may_have_lease = True
+        ((*found, until, created),) = self._db.rows(self._sql.begin, params, prepare=True)
+        self._may_have_lease = until is not None
         if until is not None:
             self._lease = Lease(self.id, token, moment(until), ttl, self._key, self._db)
-        self._begun = self._journal_is_empty = created
-        self._written = len(document)
-        return None if text is None else decode_snapshot(self.id, text, journal)
+        if created:
+            self._written = Written(size=len(document), journal_is_empty=True)
+        return None if created or found[0] is None else tuple(found)
 
-    def _take_up(self, unless_touched_since: datetime | None) -> WorkflowSnapshot | None:
-        """Under the lease, make ready to go on from what is stored; return that if finished."""
-        rows = self._db.rows(self._sql.look, {"id": self._key})
-        if unless_touched_since is not None:
-            check_untouched(self.id, rows, unless_touched_since)
-        stored = decode_snapshot(self.id, rows[0][0], rows[0][1]) if rows else None
-        if stored is not None and self._is_finished(stored):
-            return stored
-        if stored is not None:
-            self.attempts = _count((stored.metadata or {}).get("attempts")) + 1
-            self._failures = _count((stored.metadata or {}).get("failures"))
-            stored = self._at_our_version(stored)
-        if stored is None:
-            self.attempts, self._failures = 1, 0
-            self.begin()
+    def _create(self) -> None:
+        """Store the input under the lease that we have already."""
+        document = self._first_document()
+        if self._db.rows(self._sql.create, {"id": self._key, "snapshot": document}):
+            self._written = Written(size=len(document), journal_is_empty=True)
+
+    def _first_document(self) -> str:
+        self.attempts = 1
+        return self._document("running")
+
+    def _acquire(self) -> None:
+        if self._lease is None:
+            self._may_have_lease = True
+            try:
+                ttl = self.policy.lock_ttl
+                self._lease = leases.acquire(self._db, self.id, self._key, ttl, self._token)
+            except AlreadyRunning:
+                self._may_have_lease = False
+                raise
+
+    def _take_up(self, stored: WorkflowSnapshot, found: Row) -> WorkflowSnapshot | None:
+        """Count this start before any of the user's code runs, and set when it is due again.
+
+        So a run that kills its process comes to ``max_attempts`` like any other, and does not keep
+        the head of the queue. Returns the state under the lease; None if it was touched since it
+        was found. A second try of the same write writes the same.
+        """
+        metadata, journal = stored.metadata or {}, found[1]
+        attempts = _count(metadata.get("attempts"))
+        if attempts > 1 and journal and _has_success(journal):
+            attempts = 1  # the last start got further: it was the first of a new count
+        self.attempts = attempts + 1
+        counted: dict[str, Any] = {"attempts": self.attempts}
+        if isinstance(waits := metadata.get("waits"), Mapping):
+            earlier = metadata.get("sleeps")
+            counted["sleeps"] = dict(earlier) if isinstance(earlier, Mapping) else {}
+            counted["sleeps"] |= {key: end for key, end in waits.items() if end is not None}
+        params = {
+            **self._next_write(),
+            "seen": found[2],
+            "metadata": _json.dumps(counted),
+            "pause": _pause_after(self.attempts),
+        }
+        rows = self._db.rows(self._sql.take_up, params)
+        if not rows:
+            return None
+        self._written = Written(1, 1, len(rows[0][0]), journal_is_empty=True)
+        return decode_snapshot(self.id, rows[0][0], None)
+
+    def _restore(self, stored: WorkflowSnapshot) -> None:
+        ours = self._at_our_version(stored)
+        if ours is None:
+            self._must_rewrite = True
         else:
-            self._stored = stored
-            self._run.restore(stored)
-        return None
+            self._stored = ours
+            left_out = self._run.restore(ours)
+            self._must_rewrite = left_out or ours is not stored
 
     def _is_finished(self, stored: WorkflowSnapshot) -> bool:
         """Tell whether there is an output to return; raise if the state is not this run's."""
@@ -178,12 +266,12 @@ class Session:
         metadata = stored.metadata or {}
         if "cancelledAt" in metadata:
             raise WorkflowCancelled(self.id)
-        if stored.execution.status == "completed" and "output" in metadata:
-            return True
-        version = stored_version(metadata)
+        return stored.execution.status == "completed" and "output" in metadata
+
+    def _check_version(self, stored: WorkflowSnapshot) -> None:
+        version = stored_version(stored.metadata or {})
         if version != self.entry.version and self.entry.on_version_mismatch == "error":
             raise VersionMismatch(self.id, version, self.entry.version)
-        return False
 
     def _check_identity(self, stored: WorkflowSnapshot) -> None:
         metadata = stored.metadata or {}
@@ -202,8 +290,9 @@ class Session:
         if stored_version(stored.metadata or {}) == self.entry.version:
             return stored
         migrate = self.entry.on_version_mismatch
-        if not callable(migrate):  # "clear"; "error" has been raised by now
-            return None
+        if not callable(migrate):
+            self._check_version(stored)
+            return None  # "clear"
         migrated = migrate(stored, self.entry.version)
         if isinstance(migrated, Mapping):
             migrated = WorkflowSnapshot.from_json(migrated)
@@ -232,7 +321,7 @@ class Session:
             except BaseException as error:
                 self.end = self._end(error)
                 raise
-            self._finish(self._document("completed", output=output))
+            self._finish(lambda: self._document("completed", output=output), forget=True)
             self.end = "run_completed"
         except BaseException as error:
             failure = error
@@ -240,36 +329,26 @@ class Session:
                 self._raise_if_cancelled(error)
             raise
         finally:
+            run.end()
             leases.stop_renewing(lease)
-            run.emit(self.end, error=failure)
+            if os.getpid() == self._pid:
+                run.emit(self.end, error=failure)
         return self._decode_output(_json.as_stored(output))
 
     def _end(self, error: BaseException) -> EventType:
         """Record how the run ended, as far as there is anything to record."""
         ours = error is self._run.interruption
-        if ours and isinstance(error, LeaseLost):
-            return "run_stopped"
         if ours and isinstance(error, WorkflowSuspended):
-            self._finish(self._document("running", suspended=True))
+            self._finish(lambda: self._document("running", suspended=True))
             return "run_suspended"
-        # Drift has changed nothing; without the store nothing can be changed.
-        if isinstance(error, Exception) and not (
-            ours and isinstance(error, (WorkflowDrift, StoreError))
-        ):
-            self._run.blame(error)
-            self._failures += 1
-            pause = min(2.0 ** min(self._failures - 1, 12), LONGEST_PAUSE)
-            self._finish(self._document("failed", failure=error), pause)
+        # Drift is not recorded: what is recorded is right, and the code is not. Nor can an end be
+        # without the lease or the store; nor is it for a forked child to say.
+        refused = ours and isinstance(error, (WorkflowDrift, LeaseLost, StoreError))
+        if isinstance(error, Exception) and not refused and os.getpid() == self._pid:
+            pause = _pause_after(self._counted_attempts)
+            self._finish(lambda: self._document("failed", failure=error), pause)
             return "run_failed"
-        self._release()  # after Ctrl-C and the like, another process may go on at once
         return "run_stopped"
-
-    def begin(self) -> None:
-        """Count the attempt of a resumed run, before its first live step."""
-        if not self._begun:
-            if not self._db.run(self._rewrite):
-                raise LeaseLost(self.id)
-            self._begun = True
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
         """Checkpoint one step: one statement, fenced by the lease."""
@@ -277,9 +356,8 @@ class Session:
 
         def work(conn: Connection) -> bool:
             nonlocal step
-            # One checkpoint at a time, or an older snapshot could overwrite a newer one. Taken
-            # after the connection, so that nobody waits for a connection while holding it.
             with self._turn:
+                self._refuse_to_write(key)
                 step = enter() if step is None else step
                 return self._checkpoint(conn, key, step)
 
@@ -287,29 +365,76 @@ class Session:
             raise LeaseLost(self.id)
 
     def transact(self, key: str, body: Callable[[Any], T], enter: Callable[[T], str]) -> None:
-        """Run ``body`` and checkpoint its step in one transaction, the fence last."""
+        """Run ``body`` and checkpoint its step in one transaction, the fence last.
+
+        From there until it is known what became of the commit, nothing else of the run is written.
+        """
         step: str | None = None
-        before = self._written, self._appended, self._journal_is_empty
+        before = self._written, self._must_rewrite, self._has_got_further
+        used: Connection | None = None
 
-        def last(conn: Connection, value: T) -> None:
-            nonlocal step, before
-            turn.enter_context(self._turn)  # until after the commit
-            before = self._written, self._appended, self._journal_is_empty
-            entered = step = enter(value)
-            if not self._db.run(lambda conn: self._checkpoint(conn, key, entered), conn):
+        def work(conn: Connection) -> None:
+            nonlocal step, before, used
+            used = conn
+            isolated = self._db.isolates(conn)
+            if isolated:
+                self._lock_first(conn)
+            value = self._run_body(conn, key, body)
+            self._turn.acquire()
+            self._refuse_to_write(key)
+            before = self._written, self._must_rewrite, self._has_got_further
+            step = enter(value)
+            if not self._checkpoint(conn, key, step, "isolated" if isolated else "transaction"):
                 raise LeaseLost(self.id)
+            self._in_doubt = key  # last: what follows is the commit
 
-        with ExitStack() as turn:
+        try:
             try:
-                self._db.transact(body, last, self.policy.transaction)
+                self._db.transact(work, self.policy.transaction)
             except BaseException as error:
-                # What was lost may be only the reply to the commit.
-                if isinstance(error, StoreUnavailable) and step and self._has_committed(key, step):
-                    return
-                if step is not None:
-                    self._written, self._appended, self._journal_is_empty = before
+                refused = driver_error(error) is not None
+                lost = refused and used is not None and used.closed
+                committed = False
+                if self._in_doubt == key and step is not None and (lost or not refused):
+                    committed = self._has_committed(key, step, error)
+                if not committed and step is not None:
+                    self._written, self._must_rewrite, self._has_got_further = before
                     self._run.forget(key)
-                raise
+                self._settle_doubt(key)
+                if lost:
+                    self._db.recover(error)
+                if lost and not committed:
+                    raise self._db.translated(error) from error
+                if not (lost and committed):  # but for the reply, all went well
+                    raise
+            self._settle_doubt(key)
+        finally:
+            # Asked of the lock itself: an exception may have struck right after it was taken.
+            if self._turn._is_owned():  # type: ignore[attr-defined]
+                self._turn.release()
+
+    def _settle_doubt(self, key: str) -> None:
+        if self._in_doubt == key:
+            self._in_doubt = None
+
+    def _run_body(self, conn: Connection, key: str, body: Callable[[Any], T]) -> T:
+        try:
+            return body(conn)
+        except ROLLBACK as error:  # which the transaction would swallow
+            raise RuntimeError(
+                f"step {key!r} rolled its transaction back (psycopg.Rollback), so there is nothing "
+                "to record; raise an exception of your own, or return"
+            ) from error
+
+    def _lock_first(self, conn: Connection) -> None:
+        """Lock the lease's row before the body runs.
+
+        Above READ COMMITTED the fence could not write a row that has changed since the transaction
+        began, and renewing the lease changes it.
+        """
+        if not fetch(conn, self._sql.lock_first, self._held.params):
+            raise LeaseLost(self.id)
+        self._locked = True
 
     def signal(self, key: str) -> str | None:
         """Return the JSON text that was sent for ``key``."""
@@ -322,81 +447,160 @@ class Session:
 
     # -- checkpoints -----------------------------------------------------------------------
 
-    def _checkpoint(self, conn: Connection, key: str, step: str) -> bool:
+    def _refuse_to_write(self, key: str) -> None:
+        """Raise, with the turn, where nothing of this run may be written any more."""
+        if os.getpid() != self._pid:
+            raise WorkflowError(
+                f"process {os.getpid()} was forked inside the run of {self.id!r} and records "
+                f"nothing for it; leave it with os._exit() before step {key!r} returns"
+            )
+        self._run.refuse_if_over(key)
+        self._refuse_if_in_doubt()
+
+    def _refuse_if_in_doubt(self) -> None:
+        if self._in_doubt is not None:
+            raise StoreUnavailable(
+                f"the connection was lost while step {self._in_doubt!r} was being committed, and "
+                "whether it was is not known yet. Resume the run."
+            )
+
+    def _next_write(self) -> dict[str, Any]:
+        """Return what the fence of the next write asks for."""
+        written = self._written
+        tokens = [self._numbered(nr) for nr in range(written.number, written.tried + 2)]
+        return {
+            "id": self._key,
+            "ttl": self.policy.lock_ttl,
+            "tokens": tokens,
+            "base": tokens[0],
+            "next": tokens[-1],
+            "last": written.last_appended,
+            "locked": self._locked,
+        }
+
+    def _numbered(self, number: int) -> str:
+        return f"{self._token}#{number}" if number else self._token
+
+    def _checkpoint(self, conn: Connection, key: str, step: str, within: str = "") -> bool:
         """Write one step, fenced; tell whether the lease was still ours.
 
         While the snapshot fits into its row it is rewritten whole, for anybody to read in one
         table. Beyond that, rewriting it each time would be quadratic: steps are appended to the
         journal until they amount to as much again.
         """
-        if self._in_doubt is not None:
-            raise StoreUnavailable(
-                f"the connection was lost while step {self._in_doubt!r} was being committed, and "
-                "whether it was is not known yet. Resume the run."
-            )
-        grown = self._appended + len(key) + len(step)
-        small = self._written + grown <= IN_ROW
-        due = grown >= max(FOLDED, self._written)
-        # A key of the snapshot would hide the one in the journal.
-        hidden = self._stored is not None and key in self._stored.steps
-        if small or due or hidden or not self._sql.journal:
+        written = self._written
+        self._has_got_further = self._has_got_further or step.startswith('{"ok":true')
+        grown = written.appended + len(key) + len(step)
+        small = written.size + grown <= IN_ROW
+        due = grown >= max(FOLDED, written.size)
+        # Not known whether the last rewrite has landed: a step could not say what it follows.
+        unknown = written.tried > written.number
+        # A signal may have changed the snapshot's row since an isolated transaction began.
+        rewrite = (small or due) and within != "isolated"
+        if rewrite or unknown or self._must_rewrite or not self._sql.journal:
             return self._rewrite(conn)
-        params = {**self._held.params, "key": key, "step": step}
-        self._appended, self._journal_is_empty = grown, False
-        return bool(execute(conn, self._sql.append, params, prepare=True))
+        statement = self._sql.append_in_transaction if within else self._sql.append
+        params = {**self._next_write(), "key": key, "step": step}
+        params["tokens"] = [params["base"]]
+        self._written = evolve(written, journal_is_empty=False)
+        if not execute(conn, statement, params, prepare=True):
+            return False
+        self._written = evolve(written, appended=grown, last_appended=key, journal_is_empty=False)
+        return True
 
     def _rewrite(self, conn: Connection) -> bool:
         document = self._document("running")
-        statement = self._sql.write if self._journal_is_empty else self._sql.fold
-        params = {**self._held.params, "snapshot": document}
-        done = bool(execute(conn, statement, params, prepare=True))
-        self._written, self._appended, self._journal_is_empty = len(document), 0, True
-        return done
+        written = self._written
+        statement = self._sql.write if written.journal_is_empty else self._sql.fold
+        params = {**self._next_write(), "snapshot": document, "pause": self._pause()}
+        number = written.tried + 1
+        self._written = evolve(written, tried=number)
+        if not execute(conn, statement, params, prepare=True):
+            return False
+        self._written = Written(number, number, len(document), journal_is_empty=True)
+        self._must_rewrite = False
+        return True
 
-    def _has_committed(self, key: str, step: str) -> bool:
-        """Tell how a transaction has ended; until that is known, no thread writes without it."""
-        self._in_doubt = key
-        self._held.renew()  # its row is locked for as long as the commit is under way
-        stored = self.store.load(self.id)
-        self._in_doubt = None
-        steps = {} if stored is None else stored.steps
-        return key in steps and bool(steps[key].to_json() == _json.loads(step))
+    @property
+    def _counted_attempts(self) -> int:
+        """How often it was started since it last got further; then this start is the first."""
+        return 1 if self._has_got_further else self.attempts
+
+    def _pause(self) -> float | None:
+        """Return the pause before the next start, unless this one has got further."""
+        return None if self._counted_attempts < 2 else _pause_after(self.attempts)
+
+    def _has_committed(self, key: str, step: str, error: BaseException) -> bool:
+        """Tell how a transaction has ended, waiting until it has.
+
+        On a connection of its own: those of the pool may be held by threads of this run, which
+        wait for the turn that we have.
+        """
+
+        def look(conn: Connection) -> bool:
+            fetch(conn, self._sql.wait_for_commit, self._held.params)
+            rows = fetch(conn, self._sql.load, {"id": self._key})
+            stored = decode_snapshot(self.id, rows[0][0], rows[0][1]) if rows else None
+            steps = {} if stored is None else stored.steps
+            return key in steps and bool(steps[key].to_json() == _json.loads(step))
+
+        try:
+            return self._db.run_apart(look)
+        except StoreUnavailable as unknown:
+            if isinstance(error, Exception):
+                raise unknown from error
+            raise error from unknown
 
     # -- the end ---------------------------------------------------------------------------
 
-    def _finish(self, document: str, pause: float | None = None) -> None:
+    def _finish(
+        self, compose: Callable[[], str], pause: float | None = None, *, forget: bool = False
+    ) -> None:
         """Store how it ended, fold the journal and release the lease, in one statement."""
-
-        def execution() -> Any:
-            return _json.loads(document)["execution"]
-
-        params = {**self._held.params, "snapshot": document, "pause": pause}
-        forget = self.policy.on_complete == "delete" and execution()["status"] == "completed"
-        finish = self._sql.finish if self._journal_is_empty else self._sql.finish_and_fold
+        forget = forget and self.policy.on_complete == "delete"
         tries = 0
+        document = ""
 
         def work(conn: Connection) -> bool:
-            nonlocal tries
-            tries += 1
-            if forget:
-                return bool(fetch(conn, self._sql.discard, self._held.params))
-            return bool(execute(conn, finish, params, prepare=True))
+            nonlocal tries, document
+            with self._turn:
+                if os.getpid() != self._pid:
+                    self._refuse_to_write("")
+                self._refuse_if_in_doubt()
+                # From here on, what another thread still does is neither kept nor acknowledged.
+                self._run.end()
+                document = document or compose()
+                tries += 1
+                params = self._next_write()
+                if forget:
+                    return bool(fetch(conn, self._sql.discard, params))
+                written = self._written
+                sql = self._sql
+                finish = sql.finish if written.journal_is_empty else sql.finish_and_fold
+                params |= {"snapshot": document, "pause": pause}
+                return bool(execute(conn, finish, params, prepare=True))
 
         if not self._db.run(work):
             # An earlier try may have done it, and only its reply was lost.
             stored = self.store.load(self.id) if tries > 1 else None
+            execution = _json.loads(document)["execution"]
             done = tries > 1 and (
-                forget if stored is None else stored.execution.to_json() == execution()
+                forget if stored is None else stored.execution.to_json() == execution
             )
             if not done:
                 raise LeaseLost(self.id)
+        self._lease, self._may_have_lease = None, False
 
     def _release(self) -> None:
-        """Give the lease back if the database can be reached; otherwise it runs out."""
-        if self._lease is not None:
-            leases.stop_renewing(self._lease)
-            with suppress(AwaitlyError):
-                self._lease._release(retry_for=FAREWELL)
+        """Give the lease back if it is ours and the database can be reached; else it runs out."""
+        if os.getpid() != self._pid or (self._lease is None and not self._may_have_lease):
+            return
+        lease, self._lease, self._may_have_lease = self._lease, None, False
+        if lease is not None:
+            leases.stop_renewing(lease)
+        params = {"id": self._key, "token": self._token}
+        with suppress(AwaitlyError):
+            self._db.run(lambda c: execute(c, self._sql.release, params), retry_for=FAREWELL)
 
     def _raise_if_cancelled(self, error: LeaseLost) -> None:
         stored = None
@@ -414,9 +618,10 @@ class Session:
         output: str | None = None,
         failure: Exception | None = None,
         suspended: bool = False,
+        submitted_at: str | None = None,
     ) -> str:
         """Write the whole snapshot as it stands, from the texts of its steps."""
-        now, last, waits = timestamp(), self._run.last_key, self._run.waits
+        now, last = timestamp(), self._run.last_key
         execution = {"status": status, "lastUpdated": now}
         if status != "running":
             execution["completedAt"] = now
@@ -428,21 +633,20 @@ class Session:
             **self.policy.metadata,
             "workflow": self.entry.name,
             "version": self.entry.version,
-            # A run that waits has not failed; its next start is the first of a new count.
-            "attempts": 0 if suspended else self.attempts,
+            # The starts since it got further; a run that waits has not failed.
+            "attempts": 0 if suspended else self._counted_attempts,
         }
-        for of_this_moment in ("input", "output", "failure", "failures", "waits", "wakeAt"):
+        for of_this_moment in ("input", "output", *OF_THIS_MOMENT):
             metadata.pop(of_this_moment, None)
-        if self._failures and status != "completed" and not suspended:
-            metadata["failures"] = self._failures
+        metadata |= self._run.standing(status, suspended)
+        if submitted_at is not None:
+            metadata["submittedAt"] = submitted_at
         if last is not None:
             metadata["lastStepKey"] = last
         if failure is not None:
             metadata["failure"] = _failure.to_json(failure)["cause"]
-        if waits and status == "running":
-            metadata["waits"] = waits
         if suspended:
-            metadata["wakeAt"] = min(due or NEVER for due in waits.values())
+            metadata["wakeAt"] = min(due or NEVER for due in self._run.waits.values())
         texts = {"input": self.input} | ({} if output is None else {"output": output})
 
         members = {
@@ -496,6 +700,15 @@ def is_input(value: object) -> bool:
         and isinstance(value["args"], list)
         and isinstance(value["kwargs"], Mapping)
     )
+
+
+def _pause_after(attempts: int) -> float:
+    """Return the seconds before a run that was started so often is due again."""
+    return min(2.0 ** min(attempts - 1, 12), LONGEST_PAUSE)
+
+
+def _has_success(journal: str) -> bool:
+    return any(step.get("ok") is True for step in _json.loads(journal).values())
 
 
 def _count(value: object) -> int:

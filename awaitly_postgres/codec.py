@@ -30,14 +30,16 @@ class Codec(Protocol):
 def encode(codec: Codec | None, value: Any, subject: str) -> str:
     """Encode ``value`` for the store; raise `NotSerializable` that names ``subject``."""
     try:
-        plain = value if codec is None else codec.encode(value)
-        return _json.dumps(plain, depth=_json.VALUE_DEPTH)
+        if codec is not None:
+            try:
+                value = codec.encode(value)
+            except Exception as error:
+                raise NotSerializable("$", f"its codec failed: {error!r}", subject) from error
+        return _json.dumps(value, depth=_json.VALUE_DEPTH)
     except NotSerializable as error:
         error.subject = subject
         error.args = (error.path, error.reason, subject)
         raise
-    except Exception as error:
-        raise NotSerializable("$", f"its codec failed: {error!r}", subject) from error
 
 
 def decode(codec: Codec | None, value: Any, fn: Callable[..., T], id: str | None, where: str) -> T:

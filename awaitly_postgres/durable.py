@@ -7,6 +7,8 @@ one, and ends with one that stores the output, folds the journal and gives the l
 
 from __future__ import annotations
 
+import functools
+import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
@@ -15,7 +17,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 from attrs import define, field, frozen
 
 from . import _json
-from ._db import Connection, execute
+from ._db import Connection, execute, fetch
 from ._queue import Queue
 from ._run import OnDrift
 from ._session import (
@@ -186,9 +188,10 @@ class Durable:
             LeaseLost: this process stalled past ``lock_ttl`` and another took over.
             StoreUnavailable: the database went away for longer than the store retries.
             NotSerializable: an argument or a result is not JSON; nothing of it was recorded.
+            TypeError: ``fn`` does not take these arguments; nothing was stored.
         """
-        entry = self._entry(fn)
-        return typing.cast(T, self._session(id, entry, self._input(args, kwargs)).start())
+        session = self._session_for(id, self._entry(fn), args, kwargs)
+        return typing.cast(T, session.start())
 
     def submit(
         self,
@@ -212,8 +215,14 @@ class Durable:
 
         Raises:
             WorkflowConflict: the id belongs to another workflow or input.
+            WorkflowNotFound: ``fn`` is not registered, so nothing could resume it.
+            TypeError: ``fn`` does not take these arguments.
         """
-        return self._session(id, self._entry(fn), self._input(args, kwargs)).submit(conn)
+        entry = self._entry(fn)
+        session = self._session_for(id, entry, args, kwargs)
+        if entry not in self._workflows.values():
+            raise WorkflowNotFound(id, entry.name)
+        return session.submit(conn)
 
     def resume(self, id: str) -> Any:
         """Finish the run stored as ``id`` with the registered workflow and its recorded input.
@@ -271,8 +280,8 @@ class Durable:
     # -- state -----------------------------------------------------------------------------
 
     def list_pending(self, prefix: str = "", limit: int = 100) -> Infos:
-        """List what is not completed, not held by anybody and due, the longest untouched first."""
-        return self._pending(prefix, limit, None)
+        """List what `resume_pending` would take up now, the longest untouched first."""
+        return self._pending(prefix, limit, list(self._workflows))
 
     def has_state(self, id: str) -> bool:
         """Tell whether anything is stored as ``id``."""
@@ -291,10 +300,7 @@ class Durable:
 
     def clear_state(self) -> int:
         """Forget everything in the store (under its prefix); return how much there was."""
-        deleted = 0
-        while page := self.store.list(limit=500):
-            deleted += self.store.delete_many(info.id for info in page)
-        return deleted
+        return self.store._clear()
 
     def signal(self, id: str, key: str, value: Any) -> bool:
         """Answer ``step.wait(key)`` of the run stored as ``id``; it may not have come there yet.
@@ -302,12 +308,25 @@ class Durable:
         Returns:
             True if the answer is taken; False if there is no such unfinished run, or it has one.
         """
+        sql = self.store._sql
+        value_json = encode(self.codec, value, f"the signal for step {key!r}")
         params = {
             "id": self.store.key(id),
             "key": check_id(key, "step key"),
-            "value": encode(self.codec, value, f"the signal for step {key!r}"),
+            "value": value_json,
         }
-        return bool(self.store._db.count(self.store._sql.signal, params))
+        tries = 0
+
+        def send(conn: Connection) -> bool:
+            nonlocal tries
+            tries += 1
+            if execute(conn, sql.signal, params):
+                return True
+            # An earlier try may have done it, and only its reply was lost.
+            taken = fetch(conn, sql.signal_for, params) if tries > 1 else []
+            return bool(taken) and _json.as_stored(taken[0][0]) == _json.as_stored(value_json)
+
+        return self.store._db.run(send)
 
     def cancel(self, id: str) -> bool:
         """End the run stored as ``id`` for good; tell whether there was an unfinished one.
@@ -324,11 +343,10 @@ class Durable:
         sql = self.store._sql
 
         def work(conn: Connection) -> bool:
-            with conn.transaction():
-                execute(conn, sql.seize, params)
-                return bool(execute(conn, sql.cancel, params))
+            fetch(conn, sql.lock_lease_row, params)
+            return bool(fetch(conn, sql.cancel, params))
 
-        return self.store._db.run(work)
+        return self.store._db.told(work)
 
     # -- inside ----------------------------------------------------------------------------
 
@@ -336,9 +354,17 @@ class Durable:
         if not callable(fn):
             raise TypeError(f"the workflow must be a function, not {fn!r}")
         for entry in self._workflows.values():
-            if entry.fn is fn:
+            if entry.fn == fn:  # a bound method is another object each time
                 return entry
         return Entry(name_of(fn), fn)
+
+    def _session_for(
+        self, id: str, entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Session:
+        """Make a session for a call; raise TypeError, as the call itself would, if it is wrong."""
+        if (signature := _signature(entry.fn)) is not None:
+            signature.bind(None, *args, **kwargs)  # None stands for the step
+        return self._session(id, entry, self._input(args, kwargs))
 
     def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return encode(self.codec, {"args": list(args), "kwargs": dict(kwargs)}, "the input")
@@ -386,7 +412,7 @@ class Durable:
         params = {
             **self.store._range(prefix),
             "behind_time": behind and behind.updated_at.isoformat(),
-            "behind_id": behind and self.store.key(behind.id),
+            "behind_id": behind and self.store.prefix + behind.id,
             "limit": check_limit(limit),
             "max_attempts": self.max_attempts,
             "workflows": workflows,
@@ -413,6 +439,14 @@ class Durable:
                 if isinstance(error, _TAKEN):
                     return Outcome(id, "skipped", None, error, attempts)
             return Outcome(id, "failed", None, error, attempts)
+
+
+@functools.lru_cache(maxsize=256)
+def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(fn)
+    except (TypeError, ValueError):  # something built in that does not tell
+        return None
 
 
 def _place(fn: Callable[..., Any]) -> str:

@@ -12,12 +12,13 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Sequence
 from datetime import datetime
 
 from attrs import define, field
 
-from ._db import Connection, Database, execute, fetch
-from .errors import AlreadyRunning, AwaitlyError
+from ._db import Connection, Database, Row, execute, fetch
+from .errors import AlreadyRunning
 
 DEFAULT_TTL = 60.0  # seconds
 _LINGER = 1.0  # seconds for which the renewing thread waits for another lease before it ends
@@ -27,7 +28,8 @@ _LINGER = 1.0  # seconds for which the renewing thread waits for another lease b
 class Lease:
     """The right to work on one id until ``expires_at``, by the server's clock.
 
-    ``token`` is new at each acquisition and reads ``host:pid:random``. ``ttl`` is in seconds.
+    It stands a little longer while a write under it is being committed. ``token`` is new at each
+    acquisition and reads ``host:pid:random``. ``ttl`` is in seconds.
     """
 
     id: str
@@ -40,9 +42,10 @@ class Lease:
     def renew(self, ttl: float | None = None) -> bool:
         """Move the end to ``ttl`` seconds from now (default: as acquired).
 
-        Returns False if the lease is lost; one that has run out is not revived.
+        Returns False if the lease is lost; one that has run out is not revived. It waits for
+        nobody: while a write under this lease is being committed, the lease stands as it is.
         """
-        return self._renew(check_ttl(self.ttl if ttl is None else ttl), None)
+        return self._renew(check_ttl(self.ttl if ttl is None else ttl))
 
     def release(self) -> None:
         """Give the lease back. Does nothing if it is lost already."""
@@ -61,13 +64,15 @@ class Lease:
         statement = self._db.sql.release
         self._db.run(lambda conn: execute(conn, statement, self.params), retry_for=retry_for)
 
-    def _renew(self, ttl: float, retry_for: float | None) -> bool:
+    def _renew(self, ttl: float) -> bool:
         params = {**self.params, "ttl": ttl}
-        rows = self._db.run(
-            lambda conn: fetch(conn, self._db.sql.renew, params), retry_for=retry_for
-        )
-        if rows:
-            self.expires_at = moment(rows[0][0])
+        rows = self._db.run(lambda conn: fetch(conn, self._db.sql.renew, params))
+        return self._renewed(rows)
+
+    def _renewed(self, rows: Sequence[Row]) -> bool:
+        """Take over the new end, if there is one: a row that a write has locked keeps the old."""
+        if rows and rows[0][1] is not None:
+            self.expires_at = moment(rows[0][1])
         return bool(rows)
 
 
@@ -101,16 +106,13 @@ def acquire(db: Database, id: str, key: str, ttl: float, token: str | None = Non
     params = {"id": key, "token": token, "ttl": ttl}
 
     def take(conn: Connection) -> str:
-        if rows := fetch(conn, db.sql.acquire, params):
-            return str(rows[0][0])
-        with conn.transaction():
-            taken = fetch(conn, db.sql.contest, params)
-            # Free: expired, or ours since a first try of which the reply was lost.
-            if taken and not taken[0][2]:
-                raise AlreadyRunning(id, taken[0][0], moment(taken[0][1]))
-            if taken:
-                return str(fetch(conn, db.sql.take_over, params)[0][0])
-        return take(conn)  # released in between
+        while True:
+            for statement in (db.sql.acquire, db.sql.take_over):
+                if rows := fetch(conn, statement, params):
+                    return str(rows[0][0])
+            if rows := fetch(conn, db.sql.holder, params):
+                raise AlreadyRunning(id, rows[0][0], moment(rows[0][1]))
+            # Released in between.
 
     return Lease(id, token, moment(db.run(take)), ttl, key, db)
 
@@ -120,11 +122,13 @@ def acquire(db: Database, id: str, key: str, ttl: float, token: str | None = Non
 
 @define(eq=False)
 class _Renewer:
-    """One thread per process that renews what is kept, every third of its ttl.
+    """One thread for each database that renews what is kept, every third of its ttl.
 
     It starts with the first lease and ends soon after the last. It keeps no lease alive by itself.
+    It works on a connection of its own: those of the pool may all be in long transactions.
     """
 
+    _db: weakref.ref[Database]
     _due: weakref.WeakKeyDictionary[Lease, float] = field(factory=weakref.WeakKeyDictionary)
     _changed: threading.Condition = field(factory=threading.Condition)
     _thread: threading.Thread | None = None
@@ -147,19 +151,30 @@ class _Renewer:
             self._due.pop(lease, None)
 
     def _work(self) -> None:
-        while (lease := self._next()) is not None:
-            try:
-                # Not longer than to the next turn: the others are waiting.
-                kept = lease._renew(lease.ttl, lease.ttl / 3)
-                pause = lease.ttl / 3
-            except AwaitlyError:
-                kept, pause = True, lease.ttl / 10  # as long as it has not run out
-            with self._changed:
-                if kept and lease in self._due:
-                    self._due[lease] = time.monotonic() + pause
-                else:
-                    self._due.pop(lease, None)
-            del lease
+        conn: Connection | None = None
+        try:
+            while (lease := self._next()) is not None:
+                db = self._db()
+                if db is None:
+                    return
+                params = {**lease.params, "ttl": lease.ttl}
+                kept, pause = True, lease.ttl / 10  # so soon again, as long as it has not run out
+                with db.tolerating_outages():
+                    if conn is None or conn.closed:
+                        conn = db.new_connection()
+                    rows = fetch(conn, db.sql.renew, params)
+                    kept = lease._renewed(rows)
+                    if rows and rows[0][1] is not None:
+                        pause = lease.ttl / 3
+                with self._changed:
+                    if kept and lease in self._due:
+                        self._due[lease] = time.monotonic() + pause
+                    else:
+                        self._due.pop(lease, None)
+                del lease, db
+        finally:
+            if conn is not None:
+                conn.close()
 
     def _next(self) -> Lease | None:
         """Wait for the first lease that is due; None when there has been none for a while."""
@@ -182,23 +197,33 @@ class _Renewer:
                 self._changed.wait(self._wakes_at - now)
 
 
-_renewer = _Renewer()
+_renewers: weakref.WeakKeyDictionary[Database, _Renewer] = weakref.WeakKeyDictionary()
+_renewers_lock = threading.Lock()
 
 
 def keep_renewed(lease: Lease) -> None:
     """Renew ``lease`` in the background until `stop_renewing` or until nobody holds it."""
-    _renewer.keep(lease)
+    db = lease._db
+    with _renewers_lock:
+        renewer = _renewers.get(db)
+        if renewer is None:
+            renewer = _renewers[db] = _Renewer(weakref.ref(db))
+    renewer.keep(lease)
 
 
 def stop_renewing(lease: Lease) -> None:
     """Leave ``lease`` to run out, or to be released."""
-    _renewer.drop(lease)
+    if (renewer := _renewers.get(lease._db)) is not None:
+        renewer.drop(lease)
 
 
 def _after_fork_in_child() -> None:
-    global _renewer
-    _renewer = _Renewer()  # the parent renews its own
+    global _renewers, _renewers_lock
+    _left_to_the_parent.append(_renewers)  # it renews its own, on connections of its own
+    _renewers, _renewers_lock = weakref.WeakKeyDictionary(), threading.Lock()
 
+
+_left_to_the_parent: list[object] = []
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)

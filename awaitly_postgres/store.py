@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,7 @@ from attrs import define, frozen
 from . import _json, lease
 from ._db import Connection, Database, execute, fetch
 from ._sql import Statements, check_id, filtered, prefix_bounds
-from .errors import AlreadyRunning, LeaseLost, NotSerializable, SnapshotFormatError
+from .errors import AlreadyRunning, AwaitlyError, LeaseLost, NotSerializable, SnapshotFormatError
 from .lease import DEFAULT_TTL, Lease, moment
 from .snapshot import STATUSES, WorkflowSnapshot
 
@@ -82,13 +82,14 @@ class SnapshotStore:
             NotSerializable, SnapshotFormatError: and what is stored stays as it was.
             LeaseLost: the lease is not held any more; nothing was written.
         """
-        params = {"id": self.key(id), "snapshot": encode_snapshot(id, snapshot)}
+        params: dict[str, Any] = {"id": self.key(id), "snapshot": encode_snapshot(id, snapshot)}
         if lease is None:
             self._db.count(self._sql.save, params, conn)
             return
         if lease.params["id"] != params["id"]:
             raise ValueError(f"the lease is on {lease.id!r}, not on {id!r}")
-        if not self._db.count(self._sql.fold, {**params, **lease.params}, conn):
+        params |= {**lease.params, "ttl": lease.ttl}
+        if not self._db.count(self._sql.save_under_lease, params, conn):
             raise LeaseLost(id)
 
     def load(self, id: str, *, conn: Connection | None = None) -> WorkflowSnapshot | None:
@@ -104,13 +105,24 @@ class SnapshotStore:
 
     def delete(self, id: str, *, conn: Connection | None = None) -> bool:
         """Delete what is stored as ``id``; tell whether there was anything."""
-        return bool(self._db.rows(self._sql.delete, {"id": self.key(id)}, conn))
+        params = {"id": self.key(id)}
+        return bool(self._db.told(lambda conn: fetch(conn, self._sql.delete, params), conn)[0][0])
 
     def delete_many(self, ids: Iterable[str]) -> int:
         """Delete what is stored under these ids; return how many there were."""
         if isinstance(ids, str):
             raise TypeError("ids must be an iterable of ids, not one string")
         keys = [self.key(id) for id in ids]
+        return self._delete_keys(keys)
+
+    def _clear(self) -> int:
+        """Delete everything (under the store's prefix); return how much there was."""
+        deleted = 0
+        while page := self.list(limit=_PAGE):
+            deleted += self._delete_keys([self.prefix + info.id for info in page])
+        return deleted
+
+    def _delete_keys(self, keys: Sequence[str]) -> int:
         batches = [keys[i : i + _PAGE] for i in range(0, len(keys), _PAGE)]
         return sum(self._delete_batch(batch, None) for batch in batches)
 
@@ -135,7 +147,7 @@ class SnapshotStore:
             "status": check_status(status),
             "limit": check_limit(limit),
             "after_time": after and after.updated_at.isoformat(),
-            "after_id": after and self.key(after.id),
+            "after_id": after and self.prefix + after.id,
         }
         return self._infos(self._sql.list, params)
 
@@ -254,10 +266,15 @@ class SnapshotStore:
         holder = os.getpid()
         try:
             yield held
-        finally:
+        except BaseException:
             lease.stop_renewing(held)
             if os.getpid() == holder:  # a child forked inside the block leaves it as well
-                held.release()
+                with suppress(AwaitlyError):  # what the block has raised matters more
+                    held.release()
+            raise
+        lease.stop_renewing(held)
+        if os.getpid() == holder:
+            held.release()
 
     def close(self) -> None:
         """Close the pool, unless it is the caller's. The store cannot be used afterwards."""
@@ -289,12 +306,11 @@ class SnapshotStore:
         if not isinstance(prefix, str):
             raise TypeError(f"prefix must be a string, not {type(prefix).__name__}")
         full = self.prefix + prefix
-        if not full:
-            return {}
         if prefix:
             check_id(prefix, "prefix")
-        low, high = prefix_bounds(full)
-        return {"low": low, "high": high}
+        low, high = prefix_bounds(full) if full else ("", None)
+        # An id is not empty: what has the bare prefix of the store is none of its own.
+        return {"low" if prefix else "above": low, "high": high}
 
     def _infos(
         self, statement: bytes, params: Mapping[str, Any], *, custom_plan: bool = True
@@ -311,14 +327,13 @@ class SnapshotStore:
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
         def work(conn: Connection) -> int:
-            with conn.transaction():
-                gone = [row[0] for row in fetch(conn, first, {"ids": keys, "age": age})]
-                for statement in rest:
-                    execute(conn, statement, {"ids": gone})
+            gone = [row[0] for row in fetch(conn, first, {"ids": keys, "age": age})]
+            for statement in rest:
+                execute(conn, statement, {"ids": gone})
             return len(gone)
 
         first, *rest = self._sql.delete_many
-        return self._db.run(work)
+        return self._db.told(work)
 
 
 def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:

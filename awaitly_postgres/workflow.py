@@ -9,7 +9,7 @@ from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 from attrs import define, field
 
 from . import _json
-from ._run import OnDrift, Run
+from ._run import OF_THIS_MOMENT, OnDrift, Run
 from .codec import Codec
 from .errors import VersionMismatch, WorkflowConflict, WorkflowDrift, WorkflowSuspended
 from .event import EventType, OnEvent
@@ -79,6 +79,7 @@ class Workflow(Generic[P, T]):
         except BaseException as error:
             run.emit(self._end(run, error), error=error)
             raise
+        run.end()
         self._snapshot = self._document(run, "completed")
         run.emit("run_completed")
         return result
@@ -110,20 +111,20 @@ class Workflow(Generic[P, T]):
         return WorkflowSnapshot.from_json(_json.loads(_json.dumps(document)))
 
     def _end(self, run: Run, error: BaseException) -> EventType:
+        run.end()
         ours = error is run.interruption
         if ours and isinstance(error, WorkflowDrift):
             return "run_stopped"  # it has changed nothing
         if ours and isinstance(error, WorkflowSuspended):
-            self._snapshot = self._document(run, "running")
+            self._snapshot = self._document(run, "running", suspended=True)
             return "run_suspended"
         if isinstance(error, Exception):
-            run.blame(error)
             self._snapshot = self._document(run, "failed")
             return "run_failed"
         self._snapshot = self._document(run, "running")
         return "run_stopped"
 
-    def _document(self, run: Run, status: Status) -> WorkflowSnapshot:
+    def _document(self, run: Run, status: Status, *, suspended: bool = False) -> WorkflowSnapshot:
         base = self._snapshot
         now = timestamp()
         document: dict[str, Any] = {
@@ -141,9 +142,9 @@ class Workflow(Generic[P, T]):
             document["warnings"] = base.warnings
         if status != "running":
             document["execution"]["completedAt"] = now
-        document["metadata"].pop("waits", None)
-        if run.waits:
-            document["metadata"]["waits"] = run.waits
+        for of_this_moment in OF_THIS_MOMENT:
+            document["metadata"].pop(of_this_moment, None)
+        document["metadata"].update(run.standing(status, suspended))
         if run.last_key is not None:
             document["metadata"]["lastStepKey"] = run.last_key
             if status != "completed":

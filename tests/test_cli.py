@@ -405,8 +405,8 @@ def test_what_comes_next_is_told(run: Run, store: SnapshotStore, durable: Durabl
         durable.run("failed", failing)
     store.save("paused", snapshot(0, "failed", workflow="w", wakeAt="2999-01-01T00:00:00.000Z"))
     store.save("by-hand", snapshot(1, "running"))
-    durable.submit("new", checkout, "u")
-    durable.submit("cancelled", checkout, "u")
+    durable.submit("new", durable.workflow(checkout), "u")
+    durable.submit("cancelled", durable.workflow(checkout), "u")
     durable.cancel("cancelled")
     lines = [re.split(r" {2,}", line) for line in run("list").stdout.splitlines()[1:]]
     next = {cells[0]: cells[5] for cells in lines}
@@ -461,7 +461,7 @@ def test_show_tells_input_lease_and_why_steps_failed(
     run: Run, store: SnapshotStore, durable: Durable
 ) -> None:
     """A failed workflow shows its arguments, its holder, and the failure with its cause."""
-    durable.submit("a", checkout, "bad")
+    durable.submit("a", durable.workflow(checkout), "bad")
     run("resume", "flows:durable")
     held = store.try_acquire("a")
     shown = run("show", "a").stdout
@@ -553,12 +553,12 @@ def test_stats_counts_by_status_under_a_prefix(
     """Counts are by status; the oldest pending one is named by its whole id."""
     store.save("a:1", snapshot())
     store.save("a:2", snapshot(1, "failed"))
-    durable.submit("a:3", checkout, "u")
-    durable.submit("b:0", checkout, "u")
+    durable.submit("a:3", durable.workflow(checkout), "u")
+    durable.submit("b:0", durable.workflow(checkout), "u")
     told = json.loads(run("stats", "--json", "--prefix", "a:").stdout)
     assert told["by_status"] == {"completed": 1, "failed": 1, "running": 1}
     assert (told["total"], told["bytes"] > 0) == (3, True)
-    assert told["oldest_pending"]["id"] == "a:2"
+    assert told["oldest_pending"]["id"] == "a:3"  # a:1 and a:2 were saved by hand
     lines = run("stats").stdout.splitlines()
     assert [line.split() for line in lines[:2]] == [["total", "4"], ["completed", "1"]]
 
@@ -644,7 +644,7 @@ def test_resume_in_cron_prints_a_line_for_each_and_fails_if_one_failed(
 ) -> None:
     """All that is pending is finished, one failure does not stop the rest but is the status."""
     for id, user in (("a", "ada"), ("b", "bad"), ("c", "eve")):
-        durable.submit(id, checkout, user)
+        durable.submit(id, durable.workflow(checkout), user)
     done = run("resume", "flows:durable")
     assert done.returncode == 1
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [
@@ -668,7 +668,7 @@ def test_resume_takes_ids_a_prefix_or_a_limit(
 ) -> None:
     """Only what was chosen is run."""
     for id in ("a1", "a2", "b1", "c1"):
-        durable.submit(id, checkout, "ada")
+        durable.submit(id, durable.workflow(checkout), "ada")
     assert run("resume", "flows:durable", "b1").returncode == 0
     assert run("resume", "flows:durable", "--prefix", "a", "--limit", "1").returncode == 0
     done = {id for id, status in statuses(db).items() if status == "completed"}
@@ -679,7 +679,7 @@ def test_resume_of_an_unknown_id_runs_nothing(
     run: Run, durable: Durable, db: psycopg.Connection
 ) -> None:
     """Ids are checked before the first of them runs."""
-    durable.submit("a", checkout, "ada")
+    durable.submit("a", durable.workflow(checkout), "ada")
     assert refused(run("resume", "flows:durable", "a", "nope"), "'nope'")
     assert statuses(db) == {"a": "running"}
 
@@ -688,7 +688,7 @@ def test_resume_leaves_what_another_holds(
     run: Run, store: SnapshotStore, durable: Durable, db: psycopg.Connection
 ) -> None:
     """A given id that somebody works on is skipped, with the holder's name."""
-    durable.submit("a", checkout, "ada")
+    durable.submit("a", durable.workflow(checkout), "ada")
     held = store.try_acquire("a", ttl=600)
     done = run("resume", "flows:durable", "a")
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["skipped", "a"])
@@ -701,7 +701,7 @@ def test_resume_shows_a_bar_and_a_sum_on_a_terminal(
 ) -> None:
     """On a terminal there are progress, the failures, and how many came out how."""
     for id, user in (("a", "ada"), ("b", "bad"), ("c", "eve")):
-        durable.submit(id, checkout, user)
+        durable.submit(id, durable.workflow(checkout), user)
     screen = terminal("resume", "flows:durable")
     assert screen.end() == 1
     assert any("3/3" in line for line in screen.lines())
@@ -720,8 +720,8 @@ def test_a_worker_stops_after_the_current_workflow(
 ) -> None:
     """On a signal the workflow at work is finished, the next is not begun, the status is 0."""
     os.mkfifo(tmp_path / "gate")
-    durable.submit("a", gated, "gate")
-    durable.submit("b", checkout, "ada")
+    durable.submit("a", durable.workflow(gated), "gate")
+    durable.submit("b", durable.workflow(checkout), "ada")
     process = worker("--loop", "1")
     assert process.stdout.readline() == "at the gate\n"
     process.send_signal(signum)
@@ -737,7 +737,7 @@ def test_a_second_signal_stops_at_once_and_frees_the_workflow(
 ) -> None:
     """Told twice, a worker abandons what it does; its lease is given back, no traceback shown."""
     os.mkfifo(tmp_path / "gate")
-    durable.submit("a", gated, "gate")
+    durable.submit("a", durable.workflow(gated), "gate")
     process = worker()
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
@@ -756,7 +756,7 @@ def test_a_worker_takes_up_what_comes_later(
     store.create_tables()
     process = worker("--loop", "0.1")
     for id in ("first", "second"):
-        durable.submit(id, checkout, "ada")
+        durable.submit(id, durable.workflow(checkout), "ada")
         assert process.stdout.readline().split()[:2] == ["completed", id]
 
 
@@ -765,7 +765,7 @@ def test_a_worker_stops_while_it_pauses(
 ) -> None:
     """In a pause of an hour one signal is enough; the status is 0."""
     name = f"worker_{secrets.token_hex(6)}"
-    durable.submit("first", checkout, "ada")
+    durable.submit("first", durable.workflow(checkout), "ada")
     process = worker("--loop", "3600", DATABASE_URL=make_conninfo(url, application_name=name))
     assert process.stdout.readline().split()[:2] == ["completed", "first"]
     deadline = time.monotonic() + PATIENCE
@@ -793,14 +793,14 @@ def test_a_worker_outlives_an_outage(
     worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, url: str, role: str
 ) -> None:
     """While it cannot connect a worker says so, and afterwards it goes on."""
-    durable.submit("first", checkout, "ada")
+    durable.submit("first", durable.workflow(checkout), "ada")
     address = make_conninfo(url, user=role, password="pw")  # noqa: S106
     process = worker("--loop", "0.1", DATABASE_URL=address, RETRY_FOR="3")
     assert process.stdout.readline().split()[:2] == ["completed", "first"]
     db.execute(f"ALTER ROLE {role} NOLOGIN")
     db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [role])
     assert "trying again" in process.stderr.readline()
-    durable.submit("second", checkout, "ada")
+    durable.submit("second", durable.workflow(checkout), "ada")
     db.execute(f"ALTER ROLE {role} LOGIN")
     assert process.stdout.readline().split()[:2] == ["completed", "second"]
     process.send_signal(signal.SIGTERM)
@@ -832,7 +832,7 @@ def test_cancel_ends_a_workflow_for_good(
     run: Run, durable: Durable, db: psycopg.Connection
 ) -> None:
     """A cancelled workflow is not resumed; a completed one cannot be cancelled."""
-    durable.submit("a", checkout, "ada")
+    durable.submit("a", durable.workflow(checkout), "ada")
     durable.run("b", checkout, "ada")
     assert run("cancel", "a").returncode == 0
     assert run("resume", "flows:durable").stdout == ""

@@ -114,8 +114,10 @@ def test_a_foreign_connection_works_and_is_left_as_it_was(
             store.save("order", snapshot(a=n, b="ü😀"), conn=conn)
             assert store.load("order", conn=conn) == snapshot(a=n, b="ü😀")
         assert store.delete("order", conn=conn)
-        assert Durable(store).submit("run", workflow, 7, conn=conn)
-        assert not Durable(store).submit("run", workflow, 7, conn=conn)
+        durable = Durable(store)
+        durable.workflow(workflow)
+        assert durable.submit("run", workflow, 7, conn=conn)
+        assert not durable.submit("run", workflow, 7, conn=conn)
         assert look(conn) == before
     assert [info.id for info in store.list()] == ["run"]
 

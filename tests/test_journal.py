@@ -318,7 +318,7 @@ def test_journal_of_a_deleted_id_never_comes_back(durable: Durable, db: DB, anew
     if anew == "run":
         assert durable.run("id", workflow) == {"new": filled("new", 10)}
     elif anew == "submit":
-        durable.submit("id", workflow)
+        durable.submit("id", durable.workflow(workflow))
         assert recorded(store, "id") == {}
         assert durable.resume("id") == {"new": filled("new", 10)}
     elif anew == "save":

@@ -246,7 +246,7 @@ def test_every_row_of_a_run_is_one_that_node_reads(
         step.wait("go")
         return "end"
 
-    durable.submit("id", workflow)
+    durable.submit("id", durable.workflow(workflow))
     check()
     for fault in (Outage, Crash):
         with pytest.raises(fault):

@@ -449,7 +449,7 @@ def test_an_acquisition_keeps_its_token_whatever_the_network_loses(
         stored = db.execute("SELECT owner_token, expires_at FROM awaitly_workflow_lock").fetchall()
         assert stored == [(lease.token, lease.expires_at)]
         nr += 1
-    assert nr == (2 if row is None else 6)
+    assert nr == (2 if row is None else 3)
 
 
 # -- an outage -----------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def replay(durable: Durable, db: psycopg.Connection) -> Callable[..., BaseExcept
     seen: list[BaseException] = []
 
     def replay(exception: Any, cause: Any = None) -> BaseException:
-        durable.submit("a", fail_and_go_on)
+        durable.submit("a", durable.workflow(fail_and_go_on))
         steps = {
             "pay": {
                 "ok": False,
@@ -291,7 +291,7 @@ def test_a_cause_nested_deeper_than_python_goes_is_a_typed_error(
     durable: Durable, db: psycopg.Connection
 ) -> None:
     """Neither the stack overflows nor does the row change."""
-    durable.submit("a", lambda step: step("pay", int))
+    durable.submit("a", durable.workflow(lambda step: step("pay", int)))
     nested = '{"cause":' * 5000 + "1" + "}" * 5000
     step = f'{{"ok": false, "error": 1, "cause": {nested}}}'
     edit = "jsonb_set(snapshot, '{steps,pay}', %s::jsonb)"

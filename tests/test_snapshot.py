@@ -328,12 +328,7 @@ def test_a_run_goes_on_from_metadata_that_makes_no_sense(
         step.sleep("nap", 0)
         return step("b", lambda: "done")
 
-    def handling(step: Step) -> str:
-        with pytest.raises(StepFailed):
-            step("a", pytest.fail)
-        return workflow(step)
-
-    assert durable.run("id", handling) == "done"
+    assert durable.run("id", workflow) == "done"
 
 
 def test_a_snapshot_is_built_from_results_too(store: SnapshotStore) -> None:

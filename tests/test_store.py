@@ -239,7 +239,8 @@ AWKWARD = st.text(
 )
 @given(
     own=AWKWARD,
-    prefix=AWKWARD | st.text(st.characters(exclude_characters="\0"), max_size=3),
+    prefix=AWKWARD
+    | st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=3),
     names=st.sets(AWKWARD, max_size=12),
 )
 def test_a_prefix_lists_exactly_what_starts_with_it(
@@ -257,6 +258,7 @@ def test_a_prefix_lists_exactly_what_starts_with_it(
         "INSERT INTO awaitly_snapshots SELECT id, '{}' FROM unnest(%s::text[]) id", [list(names)]
     )
     expected = {name[len(own) :] for name in names if name.startswith(own + prefix)}
+    expected.discard("")  # the bare prefix of the store is no id in it
     assert {info.id for info in store.list(prefix, limit=1000)} == expected
 
 
@@ -454,7 +456,7 @@ def test_a_prefix_is_stored_and_taken_off_again(make_store: MakeStore, db: Db) -
     store = make_store(prefix="shop_%:")
     durable = Durable(store)
     store.save("saved", snapshot("completed"))
-    durable.submit("submitted", lambda step: None)
+    durable.submit("submitted", durable.workflow(lambda step: None))
     lease = store.try_acquire("locked")
     assert ids(db) == ["shop_%:saved", "shop_%:submitted"]
     assert db.execute("SELECT workflow_id FROM awaitly_workflow_lock").fetchall() == [
@@ -589,7 +591,7 @@ def test_a_hostile_id_is_refused(untouched: str, id: Any) -> None:
         lambda: store.try_acquire(id),
         lambda: store.lock(id).__enter__(),
         lambda: durable.run(id, lambda step: None),
-        lambda: durable.submit(id, lambda step: None),
+        lambda: durable.submit(id, durable.workflow(lambda step: None)),
         lambda: durable.resume(id),
         lambda: durable.has_state(id),
         lambda: durable.delete_state(id),
@@ -676,7 +678,8 @@ def _delete(store: SnapshotStore, conn: Db) -> None:
 
 
 def _submit(store: SnapshotStore, conn: Db) -> None:
-    assert Durable(store).submit("accepted", lambda step: None, conn=conn)
+    durable = Durable(store)
+    assert durable.submit("accepted", durable.workflow(lambda step: None), conn=conn)
 
 
 @pytest.mark.parametrize("act", [_save, _save_under_lease, _delete, _submit])

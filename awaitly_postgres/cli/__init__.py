@@ -236,7 +236,7 @@ def stats(place: Place, prefix: str, as_json: bool) -> None:
     """Count what is stored. The size is that of all tables, whatever the prefix."""
     store = place.store(prefix)
     counted = store.stats()
-    pending = Durable(store, max_attempts=None).list_pending(limit=1)
+    pending = Durable(store, max_attempts=None)._pending("", 1, None)
     oldest = next(iter(_rows.find(store, [info.id for info in pending])), None)
     if as_json:
         _echo_json(

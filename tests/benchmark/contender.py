@@ -50,7 +50,7 @@ class Steps:
 
 
 def text(nr: int, size: int) -> str:
-    """Return a step's result, so many bytes of JSON: letters that do not compress, nor repeat soon."""
+    """Return a step's result, so many bytes of JSON: letters that hardly compress or repeat."""
     offset = nr * size % (len(_TEXT) - size)
     return _TEXT[offset : offset + size - 2]
 

@@ -66,7 +66,7 @@ def emptied(server: Server, queued: int, workers: int) -> tuple[float, float, fl
         store.create_tables()
         with server.db.transaction():
             for nr in range(queued):
-                durable.submit(f"run-{nr}", work, nr, conn=server.db)
+                durable.submit(f"run-{nr}", durable.workflow(work), nr, conn=server.db)
     server.settle()
     with ExitStack() as stack:
         team = []

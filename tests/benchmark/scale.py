@@ -88,7 +88,7 @@ class Filled:
         durable = self.durable(store)
         for _ in range(count):
             self.submitted += 1
-            durable.submit(f"pending-{self.submitted}", work, self.submitted)
+            durable.submit(f"pending-{self.submitted}", durable.workflow(work), self.submitted)
 
     def measured(self, name: str) -> tuple[float, int]:
         """Return the seconds and the rows read of one call."""

@@ -89,7 +89,7 @@ class Field:
         with postgres(self.url, max_size=1) as store:
             durable = Durable(store)
             for nr in range(SHARED):
-                durable.submit(shared_id(nr), worker.order, shared_id(nr), nr)
+                durable.submit(shared_id(nr), durable.workflow(worker.order), shared_id(nr), nr)
 
     # -- workers ---------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from awaitly_postgres import (
     Step,
     StoreError,
     WorkflowConflict,
+    WorkflowDrift,
     postgres,
 )
 
@@ -58,7 +59,7 @@ def snapshot_of(value: Any) -> dict[str, Any]:
     "call",
     [
         lambda durable, big: durable.run(big, three_steps),
-        lambda durable, big: durable.submit(big, three_steps),
+        lambda durable, big: durable.submit(big, durable.workflow(three_steps)),
         lambda durable, big: durable.resume(big),
         lambda durable, big: durable.signal("a", big, 1),
         lambda durable, big: durable.cancel(big),
@@ -168,8 +169,10 @@ NONSENSE = {
     "another workflow": {"metadata": {"workflow": "another"}},
     "a workflow that is a list": {"metadata": {"workflow": ["three_steps"]}},
     "another input": {"metadata": {"input": {"args": [1, 2, 3], "kwargs": {}}}},
-    "steps nobody asks for": {"steps": {"zero": {"ok": True, "value": 0, **SEQ}}},
-    "a step without a name": {"steps": {"": {"ok": True, "value": 0, **SEQ}}},
+}
+NOBODY_ASKS = {
+    "steps nobody asks for": {"zero": {"ok": True, "value": 0, **SEQ}},
+    "a step without a name": {"": {"ok": True, "value": 0, **SEQ}},
 }
 
 
@@ -178,7 +181,7 @@ def test_a_row_of_nonsense_is_a_typed_error_and_stays_as_it_is(
     durable: Durable, db: psycopg.Connection, what: str
 ) -> None:
     """Somebody edited it by hand: a run refuses it, and no lease stays behind."""
-    durable.submit("a", three_steps)
+    durable.submit("a", durable.workflow(three_steps))
     nonsense = NONSENSE[what]
     if isinstance(nonsense, str):
         db.execute("UPDATE awaitly_snapshots SET snapshot = %s::jsonb", (nonsense,))
@@ -191,6 +194,22 @@ def test_a_row_of_nonsense_is_a_typed_error_and_stays_as_it_is(
     assert stored(db) == before
 
 
+@pytest.mark.parametrize("what", NOBODY_ASKS)
+def test_steps_that_nobody_asks_for_stay_recorded(
+    durable: Durable, db: psycopg.Connection, what: str
+) -> None:
+    """Somebody added them by hand: a run refuses, counts the start, and erases nothing."""
+    durable.submit("a", durable.workflow(three_steps))
+    steps = json.dumps({"steps": NOBODY_ASKS[what]})
+    db.execute("UPDATE awaitly_snapshots SET snapshot = snapshot || %s::jsonb", (steps,))
+    with pytest.raises(WorkflowDrift):
+        durable.run("a", three_steps)
+    snapshot = durable.store.load("a").to_json()
+    assert snapshot["steps"] == NOBODY_ASKS[what]
+    assert snapshot["metadata"]["attempts"] == 1
+    assert durable.resume_pending() == []
+
+
 @pytest.mark.parametrize("what", NONSENSE)
 def test_a_row_of_nonsense_does_not_keep_cron_from_the_others(
     durable: Durable, db: psycopg.Connection, what: str
@@ -198,7 +217,7 @@ def test_a_row_of_nonsense_does_not_keep_cron_from_the_others(
     """Listing, statistics and resume_pending pass over it."""
     durable.workflow(three_steps)
     for id in ("a", "b"):
-        durable.submit(id, three_steps)
+        durable.submit(id, durable.workflow(three_steps))
     nonsense = NONSENSE[what]
     whole = isinstance(nonsense, str)
     edit = "%s::jsonb" if whole else "snapshot || %s::jsonb"
@@ -230,7 +249,7 @@ def test_metadata_that_only_we_read_cannot_break_a_run(
     durable: Durable, db: psycopg.Connection, metadata: dict[str, Any]
 ) -> None:
     """Counts, pauses and waits of the wrong type count as not there."""
-    durable.submit("a", three_steps)
+    durable.submit("a", durable.workflow(three_steps))
     edit = "jsonb_build_object('metadata', snapshot->'metadata' || %s::jsonb)"
     db.execute(
         f"UPDATE awaitly_snapshots SET snapshot = snapshot || {edit}", (json.dumps(metadata),)
@@ -262,7 +281,7 @@ def test_a_wait_of_nonsense_is_waited_for_afresh(
 
 
 def _suspended(durable: Durable, fn: Callable[..., Any]) -> list[Any]:
-    durable.submit("nap", fn)
+    durable.submit("nap", durable.workflow(fn))
     return durable.resume_pending()
 
 
@@ -314,7 +333,7 @@ def test_a_journal_row_of_nonsense_is_a_typed_error(
     durable: Durable, db: psycopg.Connection, step: str
 ) -> None:
     """As if it were in the snapshot, where it belongs."""
-    durable.submit("a", three_steps)
+    durable.submit("a", durable.workflow(three_steps))
     db.execute("INSERT INTO awaitly_snapshots_steps VALUES ('a', 'first', %s::jsonb)", (step,))
     before = stored(db)
     with pytest.raises(SnapshotFormatError):
@@ -494,7 +513,7 @@ def test_two_hundred_threads_share_a_pool_of_two(
 
 def test_a_conflict_between_two_megabytes_is_told_in_few_words(durable: Durable) -> None:
     """The message shows the beginnings of both inputs."""
-    durable.submit("a", three_steps, 1)
+    durable.submit("a", durable.workflow(three_steps), 1)
     with pytest.raises(WorkflowConflict) as refused:
         durable.run("a", three_steps, "x" * MEGABYTE)
     assert len(str(refused.value)) < 2000

@@ -82,16 +82,20 @@ def atomic(using: str = "default") -> Iterator[Connection]:
             "view with non_atomic_requests; test it in a TransactionTestCase."
         )
     wrapper.close_if_unusable_or_obsolete()  # as Django does between requests
-    in_body = False
+    opened = False
     try:
         with transactions.atomic(using=using):
             conn = connection(using)
-            in_body = True
+            opened = True
             yield conn
-            in_body = False
+            if transactions.get_rollback(using=using):
+                raise RuntimeError(
+                    "the step marked its transaction for rollback (set_rollback), so there is "
+                    "nothing to record; raise an exception of your own, or return"
+                )
     except django.db.Error as error:
-        # A commit whose reply was lost must be known as one: it may have happened.
-        if in_body or not isinstance(error.__cause__, psycopg.Error):
+        # Opening is tried again while the server is away, which takes psycopg's own error.
+        if opened or not isinstance(error.__cause__, psycopg.Error):
             raise
         raise error.__cause__ from error
 
@@ -101,6 +105,18 @@ class _Database(Database):
     """Opens when it is first used, by Django's settings of that moment."""
 
     using: str = attrs.field(kw_only=True)
+
+    def refuse_to_run_here(self) -> None:
+        """Raise inside a transaction of Django's: its rollback would undo what steps have done."""
+        for wrapper in connections.all(initialized_only=True):
+            if wrapper.in_atomic_block:
+                raise RuntimeError(
+                    f"a workflow cannot run inside transaction.atomic() on {wrapper.alias!r} (or "
+                    "ATOMIC_REQUESTS, or a TestCase): its steps would stay recorded when what they "
+                    "wrote is rolled back. Call submit(..., conn=connection()) here and let "
+                    "resume_workflows run it, or decorate the view with non_atomic_requests; test "
+                    "it in a TransactionTestCase."
+                )
 
     def _open(self) -> ConnectionPool[Any]:
         pool = getattr(connections[self.using], "pool", None)

@@ -1,0 +1,292 @@
+"""Interrupts: Ctrl-C, exit, and exceptions that a signal handler raises at any moment."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import signal
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import psycopg
+import pytest
+
+from awaitly_postgres import Durable, SnapshotStore, Step, Workflow, WorkflowError
+
+DB = psycopg.Connection
+
+
+class TimeLimit(Exception):
+    """What a soft time limit raises, as those of Celery and RQ do."""
+
+
+@contextmanager
+def raising(error: Callable[[], BaseException]) -> Iterator[None]:
+    """Have SIGALRM raise ``error`` in the main thread."""
+
+    def handle(number: int, frame: Any) -> None:
+        raise error()
+
+    before = signal.signal(signal.SIGALRM, handle)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def make_payments(db: DB, *, slow_commit: bool = False) -> None:
+    """Make a table of payments; a slow one waits at COMMIT until nobody holds the gate."""
+    db.execute("CREATE TABLE payments (id text)")
+    if slow_commit:
+        db.execute("CREATE TABLE gate ()")
+        db.execute(
+            "CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN LOCK TABLE gate IN SHARE MODE; RETURN NULL; END$$"
+        )
+        db.execute(
+            "CREATE CONSTRAINT TRIGGER wait AFTER INSERT ON payments "
+            "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION wait()"
+        )
+
+
+def payments(db: DB) -> list[str]:
+    return [id for (id,) in db.execute("SELECT id FROM payments ORDER BY 1").fetchall()]
+
+
+def leases(db: DB) -> list[str]:
+    return [id for (id,) in db.execute("SELECT workflow_id FROM awaitly_workflow_lock").fetchall()]
+
+
+def pay(conn: DB, id: str) -> str:
+    conn.execute("INSERT INTO payments VALUES (%s)", (id,))
+    return f"paid {id}"
+
+
+def filler(size: int) -> str:
+    return "." * size
+
+
+@pytest.mark.parametrize("size", [0, 5_000], ids=["rewritten", "appended"])
+@pytest.mark.parametrize("handled", [False, True], ids=["goes through", "is caught"])
+@pytest.mark.parametrize("error", [TimeLimit, KeyboardInterrupt])
+def test_an_interrupt_during_the_commit_pays_once(
+    make_store: Callable[..., SnapshotStore],
+    db: DB,
+    url: str,
+    error: type[BaseException],
+    handled: bool,
+    size: int,
+) -> None:
+    """The COMMIT is under way in the server when the handler raises; a resume repeats nothing."""
+    make_payments(db, slow_commit=True)
+    durable = Durable(make_store(max_size=1))
+
+    @durable.workflow
+    def order(step: Step) -> list[str]:
+        step("before", filler, size)
+        try:
+            paid = step.transaction("pay", pay, "a")
+        except TimeLimit:
+            if not handled:
+                raise
+            paid = "caught"
+        return [paid, step("after", str)]
+
+    def interrupt_then_open(gate: DB) -> None:
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted"
+        while not db.execute(waiting).fetchone()[0]:
+            pass
+        os.kill(os.getpid(), signal.SIGALRM)
+        db.execute("SELECT pg_sleep(0.1)")
+        gate.rollback()
+
+    with psycopg.connect(url) as gate, raising(error):
+        gate.execute("LOCK TABLE gate")
+        thread = threading.Thread(target=interrupt_then_open, args=(gate,))
+        thread.start()
+        with suppress(error):
+            durable.run("a", order)
+        thread.join()
+    assert leases(db) == []
+    paid, _ = durable.resume("a")
+    assert payments(db) == (["a"] if paid == "paid a" else [])
+    # Where the commit could still be stopped it is the step's failure, to be handled or not.
+    assert paid == "paid a" or (handled and error is TimeLimit)
+
+
+def test_threads_record_nothing_while_a_commit_is_in_doubt(
+    make_store: Callable[..., SnapshotStore], db: DB, url: str
+) -> None:
+    """Ctrl-C strikes in COMMIT; a joined thread's record does not erase the payment's."""
+    make_payments(db, slow_commit=True)
+    durable = Durable(make_store(max_size=4))
+    committing = threading.Event()
+
+    @durable.workflow
+    def order(step: Step) -> str:
+        def beside() -> None:
+            committing.wait(30)
+            step("beside", str)
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(beside)
+            return step.transaction("pay", pay, "a")
+
+    def interrupt(gate: DB) -> None:
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted"
+        while not db.execute(waiting).fetchone()[0]:
+            pass
+        committing.set()
+        os.kill(os.getpid(), signal.SIGALRM)
+        db.execute("SELECT pg_sleep(0.1)")
+        gate.rollback()
+
+    with psycopg.connect(url) as gate, raising(TimeLimit):
+        gate.execute("LOCK TABLE gate")
+        thread = threading.Thread(target=interrupt, args=(gate,))
+        thread.start()
+        with pytest.raises(TimeLimit):
+            durable.run("a", order)
+        thread.join()
+    committing.set()
+    assert set(durable.store.load("a").steps) == {"beside", "pay"}
+    assert durable.resume("a") == "paid a"
+    assert payments(db) == ["a"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["in a step", "between steps"])
+def test_steps_in_finally_are_refused_while_the_process_is_told_to_end(
+    durable: Durable, db: DB, error: type[BaseException], where: str
+) -> None:
+    """They would be recorded out of turn, and the run could never be resumed."""
+    broken = [True]
+
+    def act() -> str:
+        if broken:
+            raise error
+        return "done"
+
+    @durable.workflow
+    def work(step: Step) -> list[str]:
+        done = [step("a", str)]
+        try:
+            done.append(step("b", act) if where == "in a step" else act())
+        finally:
+            step("cleanup", str)
+        return done
+
+    with pytest.raises(error):
+        durable.run("a", work)
+    assert set(durable.store.load("a").steps) == {"a"}
+    assert leases(db) == []
+    broken.clear()
+    assert durable.resume("a") == ["", "done"]
+
+
+def test_a_step_that_an_interrupt_kept_from_being_recorded_is_followed_by_none(
+    durable: Durable,
+) -> None:
+    """Neither result nor failure is recorded; going on would strand what came after."""
+    held: list[Step] = []
+
+    def work(step: Step) -> str:
+        held.append(step)
+        run = step._run
+        record, run.recorder = run.recorder, Interrupting(run.recorder)
+        with suppress(TimeLimit):
+            step("a", str)
+        run.recorder = record
+        return step("b", str)
+
+    with pytest.raises(TimeLimit):
+        durable.run("a", work)
+    assert dict(durable.store.load("a").steps) == {}
+
+
+class Interrupting:
+    """A recorder at whose door the handler raises."""
+
+    def __init__(self, recorder: Any) -> None:
+        self._recorder = recorder
+
+    def record(self, key: str, enter: Any) -> None:
+        raise TimeLimit
+
+
+# What is raised inside a finalizer, Python itself swallows.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("threads", [0, 3])
+@pytest.mark.parametrize("kind", [TimeLimit, KeyboardInterrupt])
+def test_runs_interrupted_at_random_lose_and_repeat_nothing(
+    make_store: Callable[..., SnapshotStore], db: DB, threads: int, kind: type[BaseException]
+) -> None:
+    """No payment twice, none lost, no lease left behind, no connection lost to the pool."""
+    make_payments(db)
+    store = make_store(max_size=3)
+    durable = Durable(store)
+    acknowledged: Counter[str] = Counter()
+    chance = random.Random(f"{threads}{kind.__name__}")  # noqa: S311
+
+    @durable.workflow
+    def order(step: Step, id: str) -> list[str]:
+        done = [step("reserve", str)]
+        done.append(step.transaction("pay", pay, f"{id}-pay"))
+        acknowledged[f"{id}-pay"] += 1
+        if threads:
+            with ThreadPoolExecutor(threads) as pool:
+                done += pool.map(lambda nr: step(f"item-{nr}", str, nr), range(threads))
+        done.append(step("fill", filler, 3000))
+        done.append(step.transaction("tip", pay, f"{id}-tip"))
+        return done
+
+    runs, stopped = int(os.environ.get("AWAITLY_INTERRUPTED_RUNS", "125")), 0
+    for nr in range(runs):
+        id = f"run-{nr}"
+        with raising(kind):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0002, 0.012))
+                durable.run(id, order, id)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except kind:
+                stopped += 1
+            except WorkflowError as error:  # in a thread that the interrupt had left alone
+                assert isinstance(error, WorkflowError)
+                stopped += 1
+    assert stopped > runs / 10
+    # Whatever may still be under way was cancelled; nobody is left at work.
+    assert leases(db) == []
+    for info in list(store.iter()):
+        durable.resume(info.id)
+    ids = [info.id for info in store.iter()]
+    assert payments(db) == sorted(f"{id}-{what}" for id in ids for what in ("pay", "tip"))
+    assert {info.status for info in store.iter()} == {"completed"}
+    gc.collect()
+    with ThreadPoolExecutor(3) as pool:  # as many as there may be, at once
+        both = threading.Barrier(3)
+        list(pool.map(lambda _: store._db.run(lambda conn: both.wait(30)), range(3)))
+
+
+def test_an_interrupted_wait_for_a_lock_gives_the_lease_back(durable: Durable, db: DB) -> None:
+    """The body of ``store.lock`` is left by Ctrl-C."""
+    with pytest.raises(KeyboardInterrupt), durable.store.lock("a"):
+        raise KeyboardInterrupt
+    assert leases(db) == []
+
+
+def test_a_step_inside_a_step_is_refused_at_once(durable: Durable) -> None:
+    """It would be recorded before the one that it is a part of, and never be asked for again."""
+
+    def work(step: Step) -> str:
+        return step("outer", lambda: step("inner", str))
+
+    for run in (lambda: durable.run("a", work), Workflow(work)):
+        with pytest.raises(WorkflowError, match="'inner' was called inside step 'outer'"):
+            run()
+    assert dict(durable.store.load("a").steps) == {}
