@@ -215,6 +215,8 @@ class Run:
                 recorder.transact(key, body, enter)
             except Exception as error:
                 if isinstance(error, AwaitlyError) and error is not of_the_body:
+                    if self._over:
+                        raise
                     raise self._interrupt(error) from error
                 if key in self.steps:  # committed, and interrupted right then: nothing may follow
                     self._stop(error)

@@ -33,6 +33,8 @@ def encode(codec: Codec | None, value: Any, subject: str) -> str:
         if codec is not None:
             try:
                 value = codec.encode(value)
+            except NotSerializable:
+                raise
             except Exception as error:
                 raise NotSerializable("$", f"its codec failed: {error!r}", subject) from error
         return _json.dumps(value, depth=_json.VALUE_DEPTH)

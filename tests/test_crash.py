@@ -86,6 +86,8 @@ def test_a_run_killed_at_any_statement_is_found_and_finished_by_another_process(
         output = snapshot.metadata["output"]
         assert set(output) == set(KEYS)
         got = {key: value for what, key, value in before[id] if what == "got"}
+        if "ship" not in got:
+            got.pop("gift", None)  # a failure with nothing after it is tried again
         ran = Counter(key for what, key, _ in after[id] if what == "ran")
         assert got.items() <= output.items()
         assert all(ran[key] == 1 for key in got)

@@ -256,8 +256,7 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except kind:
                 stopped += 1
-            except WorkflowError as error:  # in a thread that the interrupt had left alone
-                assert isinstance(error, WorkflowError)
+            except WorkflowError:  # out of a thread that the interrupt had left alone
                 stopped += 1
     assert stopped > runs / 10
     # Whatever may still be under way was cancelled; nobody is left at work.
