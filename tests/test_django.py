@@ -347,6 +347,87 @@ def test_a_transaction_step_is_refused_inside_an_atomic_block(shop: SimpleNamesp
     assert stock(shop) == 10
 
 
+@pytest.mark.parametrize("call", ["run", "resume"])
+def test_a_run_is_refused_inside_an_atomic_block(shop: SimpleNamespace, call: str) -> None:
+    """Its ordinary steps would stay recorded when what they wrote is rolled back."""
+    from django.db import transaction
+
+    durable, Order = Durable(shop.workflows.durable.store), shop.models.Order  # noqa: N806
+
+    def insert() -> str:
+        return str(Order.objects.create(id=uuid.uuid4(), product=shop.tea, quantity=1).pk)
+
+    @durable.workflow
+    def work(step: Step) -> str:
+        return step("insert", insert)
+
+    durable.submit("a", work)
+    with transaction.atomic(), pytest.raises(RuntimeError, match="submit"):
+        durable.run("a", work) if call == "run" else durable.resume("a")
+    assert dict(durable.store.load("a").steps) == {}
+    assert durable.run("a", work) == str(Order.objects.get().pk)
+
+
+@pytest.mark.parametrize("caught", [False, True])
+def test_a_transaction_that_the_step_marked_for_rollback_is_a_failure(
+    shop: SimpleNamespace, caught: bool
+) -> None:
+    """``set_rollback(True)``: nothing is in the table, so nothing is recorded as done."""
+    from django.db import transaction
+
+    Order = shop.models.Order  # noqa: N806 - a class
+    durable = Durable(shop.workflows.durable.store, transaction=shop.workflows.atomic)
+
+    def insert(conn: psycopg.Connection) -> str:
+        Order.objects.create(id=uuid.uuid4(), product=shop.tea, quantity=1)
+        transaction.set_rollback(True)
+        return "paid"
+
+    def work(step: Step) -> str:
+        try:
+            return step.transaction("insert", insert)
+        except RuntimeError:
+            if caught:
+                return step("instead", str)
+            raise
+
+    if caught:
+        assert durable.run("a", work) == ""
+    else:
+        with pytest.raises(RuntimeError, match="set_rollback"):
+            durable.run("a", work)
+    assert not Order.objects.exists()
+    assert durable.store.load("a").steps["insert"].ok is False
+
+
+def test_a_commit_that_the_server_refuses_can_be_caught(shop: SimpleNamespace) -> None:
+    """As Django's own ``IntegrityError``; it has its pause, and no pass repeats it at once."""
+    from django.db import IntegrityError
+
+    Order = shop.models.Order  # noqa: N806 - a class
+    durable = Durable(shop.workflows.durable.store, transaction=shop.workflows.atomic)
+    ran: list[int] = []
+
+    def insert(conn: psycopg.Connection, product: int) -> str:
+        ran.append(product)
+        return str(Order.objects.create(id=uuid.uuid4(), product_id=product, quantity=1).pk)
+
+    @durable.workflow
+    def work(step: Step, catch: bool) -> str:
+        try:
+            return step.transaction("insert", insert, 0)
+        except IntegrityError:
+            if catch:
+                return step("instead", str)
+            raise
+
+    assert durable.run("caught", work, True) == ""
+    durable.submit("raised", work, False)
+    assert [outcome.status for outcome in durable.resume_pending()] == ["failed"]
+    assert durable.resume_pending() == []
+    assert ran == [0, 0]
+
+
 def alias(monkeypatch: pytest.MonkeyPatch, name: str, **changes: Any) -> None:
     """Add another entry to ``DATABASES``, like the default one but for some changes."""
     from django.db import connections

@@ -16,7 +16,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from awaitly_postgres import Durable, SnapshotStore, Step, Workflow, WorkflowError
+from awaitly_postgres import (
+    Durable,
+    SnapshotStore,
+    Step,
+    StoreUnavailable,
+    Workflow,
+    WorkflowError,
+)
 
 DB = psycopg.Connection
 
@@ -289,3 +296,71 @@ def test_a_step_inside_a_step_is_refused_at_once(durable: Durable) -> None:
         with pytest.raises(WorkflowError, match="'inner' was called inside step 'outer'"):
             run()
     assert dict(durable.store.load("a").steps) == {}
+
+
+def test_a_step_that_rolls_its_transaction_back_is_a_failure(durable: Durable, db: DB) -> None:
+    """``psycopg.Rollback`` is swallowed by psycopg's own block, and there is nothing to record."""
+    make_payments(db)
+
+    def give_up(conn: DB) -> str:
+        pay(conn, "a")
+        raise psycopg.Rollback
+
+    with pytest.raises(RuntimeError, match="rolled its transaction back"):
+        durable.run("a", lambda step: step.transaction("pay", give_up))
+    assert payments(db) == []
+    assert durable.store.load("a").steps["pay"].error == "RuntimeError"
+
+
+@pytest.mark.parametrize("size", [0, 5_000], ids=["rewritten", "appended"])
+def test_what_commit_refuses_is_the_steps_own_failure(durable: Durable, db: DB, size: int) -> None:
+    """A deferred constraint: psycopg's own exception, to be caught and recorded like any."""
+    db.execute("CREATE TABLE users (id int PRIMARY KEY)")
+    db.execute("CREATE TABLE orders (user_id int REFERENCES users DEFERRABLE INITIALLY DEFERRED)")
+    seen: list[str] = []
+
+    def insert(conn: DB) -> None:
+        conn.execute("INSERT INTO orders VALUES (5)")
+
+    def work(step: Step, catch: bool) -> str:
+        step("fill", filler, size)
+        try:
+            step.transaction("order", insert)
+        except psycopg.IntegrityError as error:
+            seen.append(type(error).__name__)
+            if not catch:
+                raise
+        return step("after", lambda: "done")
+
+    with pytest.raises(psycopg.errors.ForeignKeyViolation):
+        durable.run("raised", work, False)
+    assert durable.store.load("raised").execution.status == "failed"
+    assert durable.run("caught", work, True) == "done"
+    assert durable.store.load("caught").steps["order"].error == "ForeignKeyViolation"
+    assert seen == ["ForeignKeyViolation"] * 2
+
+
+def test_a_connection_that_is_lost_in_the_body_is_an_outage(durable: Durable, db: DB) -> None:
+    """It travels past ``except Exception``, records nothing, and the body runs again."""
+    make_payments(db)
+    ran: list[int] = []
+
+    def cut(conn: DB) -> str:
+        pay(conn, "a")
+        ran.append(1)
+        if len(ran) == 1:
+            db.execute("SELECT pg_terminate_backend(%s)", (conn.info.backend_pid,))
+            conn.execute("SELECT 1")
+        return "paid"
+
+    def work(step: Step) -> str:
+        try:
+            return step.transaction("pay", cut)
+        except Exception:
+            return "swallowed"
+
+    with pytest.raises(StoreUnavailable):
+        durable.run("a", work)
+    assert dict(durable.store.load("a").steps) == {}
+    assert durable.run("a", work) == "paid"
+    assert payments(db) == ["a"]

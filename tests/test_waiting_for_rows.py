@@ -1,0 +1,262 @@
+"""Leases wait for nobody: no locked row, no pooled connection, no isolation level."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+from psycopg_pool import ConnectionPool
+
+from awaitly_postgres import (
+    Durable,
+    SnapshotStore,
+    Step,
+    Workflow,
+    WorkflowCancelled,
+    postgres,
+)
+from tests.test_retry import Proxy, connect, proxy
+
+__all__ = ["connect", "proxy"]  # fixtures
+
+DB = psycopg.Connection
+
+
+def wait_until(db: DB, seconds: float) -> None:
+    db.execute("SELECT pg_sleep(%s)", (seconds,))
+
+
+def test_a_lease_whose_row_is_locked_is_taken_at_once(
+    store: SnapshotStore, db: DB, url: str
+) -> None:
+    """Even when it has expired: whoever locks it is writing under it."""
+    assert store.try_acquire("a", ttl=0.01)
+    wait_until(db, 0.05)
+    with psycopg.connect(url) as writer, ThreadPoolExecutor(1) as pool:
+        writer.execute("SELECT * FROM awaitly_workflow_lock FOR UPDATE")
+        assert pool.submit(store.try_acquire, "a").result(30) is None
+        assert not writer.closed  # it still had the lock when the answer came
+    assert store.try_acquire("a")
+
+
+def test_a_save_in_a_long_transaction_costs_no_other_lease(
+    make_store: Callable[..., SnapshotStore], db: DB, url: str
+) -> None:
+    """The thread that renews does not wait for its row; nobody takes it meanwhile either."""
+    store = make_store()
+    snapshot = Workflow(lambda step: step("a", str)).snapshot()
+    with (
+        store.lock("long", ttl=0.6) as long,
+        store.lock("bystander", ttl=0.6) as bystander,
+        psycopg.connect(url) as conn,
+    ):
+        store.save("long", snapshot, lease=long, conn=conn)
+        wait_until(db, 1.8)
+        assert bystander.held()
+        assert store.try_acquire("bystander") is None
+        assert store.try_acquire("long") is None
+        conn.commit()
+    assert store.load("long") == snapshot
+
+
+@pytest.mark.parametrize("own_pool", [True, False])
+def test_a_transaction_longer_than_the_ttl_on_the_only_connection_keeps_its_lease(
+    make_store: Callable[..., SnapshotStore], db: DB, url: str, own_pool: bool
+) -> None:
+    """It is renewed on a connection of its own."""
+    with ConnectionPool(url, min_size=1, max_size=1) as pool:
+        store = make_store(max_size=1) if own_pool else postgres(pool=pool)
+        durable = Durable(store, lock_ttl=0.5)
+
+        def work(step: Step) -> list[Any]:
+            first = step.transaction("a", lambda conn: wait_until(conn, 1.2))
+            return [first, step("b", str)]
+
+        assert durable.run("a", work) == [None, ""]
+
+
+def test_a_lost_reply_to_a_commit_is_cleared_up_though_threads_hold_all_connections(
+    connect: Callable[..., SnapshotStore], proxy: Proxy, db: DB
+) -> None:
+    """They hold them while they wait for the turn of the one whose commit is in doubt."""
+    db.execute("CREATE TABLE payments (id text)")
+    durable = Durable(connect(max_size=2, retry_for=10))
+    paying = threading.Event()
+
+    def pay(conn: DB) -> str:
+        conn.execute("INSERT INTO payments VALUES ('a')")
+        paying.set()
+        proxy.lose("reply", 2)  # of what follows: the fence, then the commit
+        return "paid"
+
+    @durable.workflow
+    def work(step: Step) -> list[str]:
+        def beside(nr: int) -> str:
+            assert paying.wait(30)
+            return step(f"beside-{nr}", str, nr)
+
+        with ThreadPoolExecutor(3) as pool:
+            others = pool.map(beside, range(3))
+            return [step.transaction("pay", pay), *others]
+
+    assert durable.run("a", work) == ["paid", "0", "1", "2"]
+    assert db.execute("SELECT count(*) FROM payments").fetchone() == (1,)
+
+
+@pytest.mark.parametrize("stored", ["nothing", "completed", "cancelled"])
+def test_a_cancel_that_finds_nothing_to_cancel_changes_nothing(
+    durable: Durable, db: DB, stored: str
+) -> None:
+    """The lease that somebody has on that id is theirs still."""
+    if stored != "nothing":
+
+        @durable.workflow
+        def work(step: Step) -> None: ...
+
+        if stored == "completed":
+            durable.run("a", work)
+        else:
+            durable.submit("a", work)
+            assert durable.cancel("a")
+    with durable.store.lock("a") as lease:
+        before = db.execute("SELECT t::text FROM awaitly_snapshots t").fetchall()
+        assert durable.cancel("a") is False
+        assert lease.held()
+        assert db.execute("SELECT t::text FROM awaitly_snapshots t").fetchall() == before
+
+
+ISOLATION = ["REPEATABLE READ", "SERIALIZABLE"]
+
+
+@pytest.fixture(params=["server", "pool"])
+def isolated(request: pytest.FixtureRequest, url: str) -> Iterator[Callable[..., SnapshotStore]]:
+    """Make a store whose transactions are of this level, by the server's default or the pool's."""
+    stores: list[Any] = []
+
+    def make(level: str) -> SnapshotStore:
+        if request.param == "server":
+            setting = level.replace(" ", "\\ ").lower()
+            with psycopg.connect(url) as conn:
+                path = conn.execute("SHOW search_path").fetchone()[0]
+            options = f"-c search_path={path} -c default_transaction_isolation={setting}"
+            stores.append(postgres(make_conninfo(url, options=options), max_size=3))
+        else:
+
+            def configure(conn: DB) -> None:
+                conn.isolation_level = psycopg.IsolationLevel[level.replace(" ", "_")]
+
+            pool = ConnectionPool(url, min_size=1, max_size=3, configure=configure, open=True)
+            stores.insert(0, pool)
+            stores.append(postgres(pool=pool))
+        return stores[-1]
+
+    yield make
+    for store in reversed(stores):
+        store.close()
+
+
+@pytest.mark.parametrize("size", [0, 5_000], ids=["rewritten", "appended"])
+@pytest.mark.parametrize("level", ISOLATION)
+def test_a_transaction_longer_than_the_ttl_commits_at_every_isolation_level(
+    isolated: Callable[[str], SnapshotStore], db: DB, level: str, size: int
+) -> None:
+    """Renewing its lease does not make its own fence fail; runs are resumed as well."""
+    durable = Durable(isolated(level), lock_ttl=0.6)
+    broken = [True]
+
+    def slow(conn: DB) -> str:
+        (found,) = conn.execute("SHOW transaction_isolation").fetchone()
+        wait_until(conn, 1.0)
+        return found
+
+    @durable.workflow
+    def work(step: Step) -> list[str]:
+        step("fill", lambda: "." * size)
+        found = step.transaction("slow", slow)
+        if broken:
+            raise LookupError
+        return [found, step("after", str)]
+
+    durable.submit("a", work)
+    (failed,) = durable.resume_pending()
+    assert isinstance(failed.error, LookupError)
+    broken.clear()
+    wake = "jsonb_set(snapshot, '{metadata,wakeAt}', '\"2000\"')"
+    db.execute(f"UPDATE awaitly_snapshots SET snapshot = {wake}")
+    (outcome,) = durable.resume_pending()
+    assert outcome.result == [level.lower(), ""]
+    assert durable.signal("a", "go", 1) is False
+
+
+@pytest.mark.parametrize("what", ["request", "reply"])
+@pytest.mark.parametrize("call", ["submit", "signal", "delete", "delete_many", "cancel"])
+def test_an_answer_survives_a_lost_reply(
+    connect: Callable[..., SnapshotStore], proxy: Proxy, call: str, what: Any
+) -> None:
+    """It tells what happened, not what the second try saw; each request is lost once."""
+    durable = Durable(connect())
+
+    @durable.workflow
+    def work(step: Step) -> Any:
+        return step.wait("go")
+
+    calls: dict[str, Callable[[str], object]] = {
+        "submit": lambda id: durable.submit(f"{id}-new", work),
+        "signal": lambda id: durable.signal(id, "go", {"n": 1}),
+        "delete": durable.delete_state,
+        "delete_many": lambda id: durable.delete_states([id, f"{id}-missing"]) == 1,
+        "cancel": durable.cancel,
+    }
+    nr, lost = 0, True
+    while lost:
+        durable.submit(f"{nr}", work)
+        proxy.lose(what, nr)
+        assert calls[call](f"{nr}") is True
+        lost = proxy.has_lost
+        proxy.lose(what, 10**9)
+        again = durable.submit(f"{nr}-new", work) if call == "submit" else calls[call](f"{nr}")
+        assert again is False
+        nr += 1
+    assert nr > 1
+
+
+def test_a_lost_reply_to_the_beginning_counts_one_start(
+    connect: Callable[..., SnapshotStore], proxy: Proxy
+) -> None:
+    """The second try finds what the first has begun, and goes on with it."""
+    durable = Durable(connect())
+    proxy.lose("reply", 0)
+    assert durable.run("a", lambda step: step("a", str)) == ""
+    assert proxy.has_lost
+    assert durable.store.load("a").metadata["attempts"] == 1
+
+
+def test_an_outage_at_the_release_does_not_hide_what_the_body_has_raised(
+    connect: Callable[..., SnapshotStore], proxy: Proxy
+) -> None:
+    """``store.lock`` gives its lease back if it can."""
+    store = connect(retry_for=0)
+
+    def body() -> None:
+        proxy.cut()
+        raise LookupError
+
+    with pytest.raises(LookupError), store.lock("a"):
+        body()
+
+
+def test_cancelled_while_it_runs_it_is_cancelled(durable: Durable) -> None:
+    """The next write is refused, and the caller is told why."""
+
+    @durable.workflow
+    def work(step: Step) -> None:
+        step("a", lambda: durable.cancel("a"))
+        step("b", str)
+
+    with pytest.raises(WorkflowCancelled):
+        durable.run("a", work)
