@@ -103,7 +103,10 @@ class Database:
     _tables_seen: bool = False
     _inherited: bool = False
     _finalizer: weakref.finalize[Any, Any] | None = field(default=None, repr=False)
-    _lent: set[Connection] = field(factory=set, repr=False)
+    # Each connection that is lent, and the thread it is lent to.
+    _lent: weakref.WeakKeyDictionary[Connection, int] = field(
+        factory=weakref.WeakKeyDictionary, repr=False
+    )
     _isolating: weakref.WeakKeyDictionary[Connection, bool] = field(
         factory=weakref.WeakKeyDictionary, repr=False
     )
@@ -245,7 +248,7 @@ class Database:
         autocommit = True
         try:
             self._has_worked = True
-            self._lent.add(conn)
+            self._lent[conn] = threading.get_ident()
             autocommit = conn.autocommit
             if not autocommit:
                 conn.autocommit = True
@@ -254,18 +257,22 @@ class Database:
                 self._tables_seen = True
             yield conn
         finally:
-            self._lent.discard(conn)
             if not _is_clean(conn):
-                # An exception out of a signal handler has struck in the middle of a statement, or
-                # of psycopg's book-keeping. What the server is doing is stopped, lest it be done
-                # after what follows here; the connection is not to be used again.
-                with suppress(psycopg.Error):
-                    conn.cancel_safe(timeout=_PATIENCE)
-                conn.close()
+                _stop(conn)
             elif not autocommit:
                 with suppress(psycopg.Error):  # broken
                     conn.autocommit = False
             pool.putconn(conn)
+            if self._lent.get(conn) == threading.get_ident():  # not lent to another thread since
+                del self._lent[conn]
+
+    def abandon(self, conn: Connection | None) -> None:
+        """Close a connection that an interrupt has kept this thread from giving back."""
+        if conn is not None and self._lent.get(conn) == threading.get_ident():
+            _stop(conn)
+            with suppress(ValueError):  # it is on its way back already
+                self._open().putconn(conn)
+            self._lent.pop(conn, None)
 
     @contextmanager
     def connect(self) -> Iterator[Connection]:
@@ -311,12 +318,12 @@ class Database:
         A step that forks leaves the child inside its transaction, which the child would roll back,
         on the connection it shares. Its descriptor then leads to nowhere; the parent's is another.
         """
-        for conn in self._lent:
+        for conn in list(self._lent):
             with suppress(OSError, psycopg.Error):
                 nowhere = os.open(os.devnull, os.O_RDWR)
                 os.dup2(nowhere, conn.fileno())
                 os.close(nowhere)
-        self._lent = set()
+        self._lent = weakref.WeakKeyDictionary()
 
     # -- opening ---------------------------------------------------------------------------
 
@@ -576,6 +583,17 @@ def _is_clean(conn: Connection) -> bool:
     return status == psycopg.pq.TransactionStatus.IDLE and not nested
 
 
+def _stop(conn: Connection) -> None:
+    """Close a connection in whose use an exception out of a signal handler has struck.
+
+    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing is
+    stopped first, lest it be done after what follows here.
+    """
+    with suppress(psycopg.Error):
+        conn.cancel_safe(timeout=_PATIENCE)
+    conn.close()
+
+
 class _PooledConnection(psycopg.Connection[Any]):
     """Finds its way back to the pool.
 
@@ -589,7 +607,9 @@ class _PooledConnection(psycopg.Connection[Any]):
     def __del__(self, *args: Any) -> None:
         database = self.home and self.home()
         pool = database and database._pool
-        if pool and not pool.closed and getattr(self, "pgconn", None) and not self.closed:
+        # One that went back has no ``_pool``, one that the pool has discarded is closed besides.
+        lost = getattr(self, "pgconn", None) and (self._pool is pool or not self.closed)
+        if pool and not pool.closed and lost:
             self.close()  # nobody knows in which state it is; the pool replaces it
             self._pool = pool
             # In another thread: this one may be anywhere, the pool's own locks included.

@@ -96,6 +96,7 @@ class Run:
     _seq: int = 0
     _gone_on_after: int = 0  # the last number there was when the own thread asked for new work
     _in_step: dict[int, str] = field(factory=dict)  # by thread
+    _done: set[str] = field(factory=set)  # what is known to be recorded by this start
     _unrecorded: str | None = None  # what the own thread has begun and not recorded
     _ended_by: BaseException | None = None
     _over: bool = False
@@ -213,6 +214,7 @@ class Run:
 
             try:
                 recorder.transact(key, body, enter)
+                self._acknowledge(key)
             except Exception as error:
                 if isinstance(error, AwaitlyError) and error is not of_the_body:
                     if self._over:
@@ -382,7 +384,7 @@ class Run:
         try:
             yield
         except BaseException as error:
-            unrecorded = key not in self.steps or not isinstance(error, Exception)
+            unrecorded = key not in self._done or not isinstance(error, Exception)
             if unrecorded and not isinstance(error, Interrupted):
                 self._stop(error)
             raise
@@ -442,14 +444,21 @@ class Run:
         self._record(key, enter, error)
         self.emit("step_failed", key, timing["durationMs"], error)
 
+    def _acknowledge(self, key: str) -> None:
+        """Note that a step is recorded: only then may another of the own thread follow."""
+        self._done.add(key)
+        if self._unrecorded == key:
+            self._unrecorded = None
+
     def _record(self, key: str, enter: Callable[[], str], failure: Exception | None = None) -> None:
         try:
             if self.recorder is not None:
                 self.recorder.record(key, enter)
-                return
-            with self._lock:
-                self.refuse_if_over(key)
-                enter()
+            else:
+                with self._lock:
+                    self.refuse_if_over(key)
+                    enter()
+            self._acknowledge(key)
         except AwaitlyError as error:
             if self._over:
                 raise
@@ -462,8 +471,6 @@ class Run:
 
     def _add(self, key: str, step: str) -> str:
         self.steps[key] = step
-        if self._unrecorded == key:
-            self._unrecorded = None
         self.waits.pop(key, None)
         self.sleeps.pop(key, None)
         self.last_key = key

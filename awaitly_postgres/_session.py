@@ -370,7 +370,7 @@ class Session:
         From there until it is known what became of the commit, nothing else of the run is written.
         """
         step: str | None = None
-        before = self._written, self._must_rewrite, self._has_got_further
+        before: tuple[Written, bool, bool] | None = None  # this step, once we have the turn
         used: Connection | None = None
 
         def work(conn: Connection) -> None:
@@ -396,10 +396,13 @@ class Session:
                 lost = refused and used is not None and used.closed
                 committed = False
                 if self._in_doubt == key and step is not None and (lost or not refused):
+                    # What has not come to its COMMIT will not, and holds the lease's row no longer.
+                    self._db.abandon(used)
                     committed = self._has_committed(key, step, error)
-                if not committed and step is not None:
-                    self._written, self._must_rewrite, self._has_got_further = before
+                if not committed:
                     self._run.forget(key)
+                    if before is not None:
+                        self._written, self._must_rewrite, self._has_got_further = before
                 self._settle_doubt(key)
                 if lost:
                     self._db.recover(error)
