@@ -256,7 +256,8 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
 ) -> None:
     """No payment twice, none lost, no lease left behind, no connection lost to the pool."""
     make_payments(db)
-    store = make_store(max_size=3)
+    # Enough connections for nobody to wait in the pool, whose conditions are Python's own as well.
+    store = make_store(min_size=6, max_size=6)
     durable = Durable(store)
     acknowledged: Counter[str] = Counter()
     chance = random.Random(f"{threads}{kind.__name__}")  # noqa: S311
@@ -294,9 +295,9 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
     assert payments(db) == sorted(f"{id}-{what}" for id in ids for what in ("pay", "tip"))
     assert {info.status for info in store.iter()} == {"completed"}
     gc.collect()
-    with ThreadPoolExecutor(3) as pool:  # as many as there may be, at once
-        both = threading.Barrier(3)
-        list(pool.map(lambda _: store._db.run(lambda conn: both.wait(30)), range(3)))
+    with ThreadPoolExecutor(6) as pool:  # as many as there may be, at once
+        both = threading.Barrier(6)
+        list(pool.map(lambda _: store._db.run(lambda conn: both.wait(30)), range(6)))
 
 
 def test_an_interrupted_wait_for_a_lock_gives_the_lease_back(durable: Durable, db: DB) -> None:
