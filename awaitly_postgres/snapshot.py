@@ -248,6 +248,11 @@ def timestamp(moment: datetime | None = None) -> str:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def as_mapping(value: object) -> Mapping[str, Any]:
+    """Return ``value`` if it is an object, else an empty one: metadata are anybody's to edit."""
+    return value if isinstance(value, Mapping) else {}
+
+
 def _from_resume_state(obj: Mapping[str, Any]) -> dict[str, Any]:
     known = {"kind", "steps", "execution", "metadata", "warnings", "formatVersion"}
     return {

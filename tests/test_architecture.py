@@ -20,7 +20,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # Each floor uses those above it in this list, and within a floor what stands before it.
 FLOORS = [
-    ["errors", "_json"],
+    ["errors", "_json", "_printable"],
     ["snapshot", "event", "_sql", "_failure", "codec"],
     ["_db"],
     ["lease", "store", "_run", "step", "workflow"],

@@ -387,6 +387,20 @@ def test_list_fits_the_terminal_and_cuts_no_id(
     assert "\x1b[36mrunning" in screen.text
 
 
+@pytest.mark.parametrize("nonsense", ["7", "true", '"text"', "[1]", "null"])
+@pytest.mark.parametrize("name", ["waits", "signals"])
+def test_nonsense_in_one_row_ends_no_listing(
+    run: Run, store: SnapshotStore, name: str, nonsense: str
+) -> None:
+    """Metadata are anybody's to edit; the others are listed all the same."""
+    metadata = {"waits": {"go": None}, "signals": {"go": 1}, name: json.loads(nonsense)}
+    store.save("odd", snapshot(1, "running", workflow="w", **metadata))
+    store.save("sound", snapshot(1))
+    done = run("list")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"odd", "sound"}
+
+
 def test_what_comes_next_is_told(run: Run, store: SnapshotStore, durable: Durable) -> None:
     """NEXT tells what is due, paused, waiting, woken by an answer, and cancelled."""
 

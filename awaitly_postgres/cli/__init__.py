@@ -25,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.segment import Segments
 
 from .. import __version__, _json
+from .._printable import printable
 from .._sql import check_id
 from ..durable import Durable
 from ..errors import AwaitlyError, NotSerializable, SchemaMissing, StoreError
@@ -33,7 +34,7 @@ from ..snapshot import STATUSES
 from ..store import SnapshotStore
 from . import _rows, _view
 from ._resume import Stopped, Worker, import_durable
-from ._text import err, out, printable, segments, span, width, write
+from ._text import err, out, segments, span, width, write
 
 _ANY = 10**9  # rows
 

@@ -17,6 +17,7 @@ import click
 from attrs import define, field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from .._printable import printable
 from ..durable import Durable, Outcome
 from ..errors import (
     AlreadyRunning,
@@ -25,7 +26,7 @@ from ..errors import (
     WorkflowCancelled,
     WorkflowSuspended,
 )
-from ._text import Line, out, printable, span, write
+from ._text import Line, out, span, write
 
 
 class Stopped(BaseException):

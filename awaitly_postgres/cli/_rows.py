@@ -10,6 +10,7 @@ from attrs import frozen
 
 from .. import _json
 from ..lease import moment
+from ..snapshot import as_mapping
 from ..store import SnapshotStore
 from ._text import span
 
@@ -53,7 +54,7 @@ class Row:
             return "cancelled"
         if self.status == "completed" or self.holder is not None or self.workflow is None:
             return ""
-        waits, signals = (self.metadata.get(name) or {} for name in ("waits", "signals"))
+        waits, signals = (as_mapping(self.metadata.get(name)) for name in ("waits", "signals"))
         wake_at = read_time(self.metadata.get("wakeAt"))
         if wake_at is None or wake_at <= self.now or any(key in signals for key in waits):
             return "due"

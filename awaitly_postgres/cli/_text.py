@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 
+from .._printable import printable
+
 Line = list[tuple[str, str]]  # text and the name of its style
 
 out = Console(highlight=False, markup=False, emoji=False)
@@ -45,15 +47,6 @@ def write(lines: Iterable[Line]) -> None:
 def width() -> int | None:
     """Return the columns of the terminal, or None in a pipe, where nothing is cut to fit."""
     return out.width if out.is_terminal else None
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Escape what a terminal would obey instead of show: ids and messages are anybody's text."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
-    )
 
 
 def fit(text: str, columns: int) -> str:

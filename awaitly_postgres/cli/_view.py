@@ -10,11 +10,12 @@ from rich.cells import cell_len
 from rich.filesize import decimal
 from rich.text import Text
 
+from .._printable import printable
 from .._session import is_input
 from ..snapshot import WorkflowSnapshot
 from ..store import StoreStats
 from ._rows import Row, read_time
-from ._text import Line, age, as_json, ellipsis, fit, out, printable, span
+from ._text import Line, age, as_json, ellipsis, fit, out, span
 
 _MANY = 60  # steps up to which a timeline shows them all
 _SOME = 10  # first, last, longest and failed ones that it shows of more

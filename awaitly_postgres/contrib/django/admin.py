@@ -24,7 +24,7 @@ from ..._db import fetch
 from ...errors import SnapshotFormatError
 from ...factory import postgres
 from ...lease import moment
-from ...snapshot import WorkflowSnapshot
+from ...snapshot import WorkflowSnapshot, as_mapping
 from . import connection
 from .models import Workflow
 
@@ -89,10 +89,9 @@ class Standing:
             return f"locked by {owner} for {_span(self.now, self.held_until)}"
         if self.state in ("completed", "cancelled", "saved"):
             return "free"
-        waits = self.metadata.get("waits")
-        waits = waits if isinstance(waits, Mapping) else {}
+        waits, signals = (as_mapping(self.metadata.get(name)) for name in ("waits", "signals"))
         due = _time(self.metadata.get("wakeAt")) or self.now
-        if due <= self.now or any(key in (self.metadata.get("signals") or ()) for key in waits):
+        if due <= self.now or any(key in signals for key in waits):
             return "resumable now"
         if due.year == _NEVER:
             return f"waits for {', '.join(waits)}"

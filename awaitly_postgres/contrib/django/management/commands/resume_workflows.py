@@ -9,6 +9,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.utils.module_loading import import_string
 
 from awaitly_postgres import Durable, Outcome, StoreError
+from awaitly_postgres._printable import printable
 
 
 class Command(BaseCommand):
@@ -36,12 +37,12 @@ class Command(BaseCommand):
             if outcome.status == "failed":
                 error = outcome.error
                 self.stderr.write(
-                    f"failed     {outcome.id} (attempt {outcome.attempts}): "
-                    f"{type(error).__name__}: {error}"
+                    f"failed     {printable(outcome.id)} (attempt {outcome.attempts}): "
+                    f"{type(error).__name__}: {printable(str(error))}"
                 )
             elif watched:
                 style = styles.get(outcome.status, str)
-                self.stdout.write(f"{style(f'{outcome.status:<10}')} {outcome.id}")
+                self.stdout.write(f"{style(f'{outcome.status:<10}')} {printable(outcome.id)}")
 
         try:
             outcomes = durable.resume_pending(
