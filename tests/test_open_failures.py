@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import importlib
+import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -147,16 +148,22 @@ def test_a_failure_is_settled_when_the_own_thread_goes_on(durable: Durable) -> N
 def test_a_failure_beside_a_longer_step_of_the_own_thread_stays_open(durable: Durable) -> None:
     """That step was asked for before the failure, so it does not show that it was handled."""
     act = Flaky("beside")
+    own_began = threading.Event()
+
+    def beside() -> str:
+        assert own_began.wait(30)
+        return act("beside")
 
     @durable.workflow
     def work(step: Step) -> str:
         with ThreadPoolExecutor(1) as pool:
 
             def wait_for_the_other() -> str:
+                own_began.set()
                 future.exception()
                 return "own"
 
-            future = pool.submit(step, "beside", act, "beside")
+            future = pool.submit(step, "beside", beside)
             step("own", wait_for_the_other)
             return future.result()
 
