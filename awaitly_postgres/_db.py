@@ -40,6 +40,8 @@ _DDL_PATIENCE = "5s"  # to wait for others who make the tables
 # (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
 _TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
 
+_NOT_ISOLATED = ("read committed", "read uncommitted")
+
 ROLLBACK = psycopg.Rollback
 
 _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
@@ -228,16 +230,22 @@ class Database:
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
         with self.borrow() as conn, conn.transaction():
+            if (level := _levels.get(conn)) and conn.isolation_level is None:
+                execute(conn, f"SET TRANSACTION ISOLATION LEVEL {level}".encode(), {})
             yield conn
 
     def isolates(self, conn: Connection) -> bool:
         """Tell whether the transaction on ``conn`` sees the rows as they were when it began.
 
-        Asked once for each connection: it follows from how the connection was set up.
+        It follows from how the connection was set up, so it is asked at most once for each.
         """
+        if conn.isolation_level is not None:
+            return conn.isolation_level > psycopg.IsolationLevel.READ_COMMITTED
+        if (level := _levels.get(conn)) is not None:
+            return bool(level)
         if conn not in self._isolating:
             ((level,),) = fetch(conn, b"SELECT current_setting('transaction_isolation')", {})
-            self._isolating[conn] = level not in ("read committed", "read uncommitted")
+            self._isolating[conn] = level not in _NOT_ISOLATED
         return self._isolating[conn]
 
     @contextmanager
@@ -252,6 +260,8 @@ class Database:
             autocommit = conn.autocommit
             if not autocommit:
                 conn.autocommit = True
+            if self._given is not None:
+                _set_read_committed(conn)
             if self._auto_create and not self._tables_seen:
                 self._create_missing(conn)
                 self._tables_seen = True
@@ -259,9 +269,12 @@ class Database:
         finally:
             if not _is_clean(conn):
                 _stop(conn)
-            elif not autocommit:
+            else:
                 with suppress(psycopg.Error):  # broken
-                    conn.autocommit = False
+                    if self._given is not None:
+                        _set_its_own_level(conn)
+                    if not autocommit:
+                        conn.autocommit = False
             pool.putconn(conn)
             if self._lent.get(conn) == threading.get_ident():  # not lent to another thread since
                 del self._lent[conn]
@@ -295,6 +308,7 @@ class Database:
             if (configure := getattr(pool, "_configure", None)) is not None:
                 configure(conn)
             conn.autocommit = True
+            _set_read_committed(conn)
         except BaseException:
             conn.close()
             raise
@@ -360,6 +374,7 @@ class Database:
 
         def configure(conn: _PooledConnection) -> None:
             conn.home = home
+            _set_read_committed(conn)
             if "prepare_threshold" not in kwargs:
                 _set_up_prepared_statements(conn)
 
@@ -617,6 +632,40 @@ class _PooledConnection(psycopg.Connection[Any]):
                 threading.Thread(target=pool.putconn, args=(self,), daemon=True).start()
         else:
             super().__del__(*args)
+
+
+# The default isolation of a pool's connections: empty up to READ COMMITTED, None behind a pooler.
+_levels: weakref.WeakKeyDictionary[Connection, str | None] = weakref.WeakKeyDictionary()
+
+
+def _set_read_committed(conn: Connection) -> None:
+    """Have our statements run at READ COMMITTED, whatever the server's or the pool's default is.
+
+    They are made for it. As SERIALIZABLE ones, they would besides make long transactions of the
+    user's fail that have only read what happens to be beside. A session behind a pooler, which
+    answers with a process id of its own making, is not ours to change.
+    """
+    if conn not in _levels:
+        rows = fetch(
+            conn,
+            b"SELECT current_setting('default_transaction_isolation') "
+            b"WHERE pg_backend_pid() = %(pid)s",
+            {"pid": conn.info.backend_pid},
+        )
+        level = str(rows[0][0]) if rows else None
+        _levels[conn] = "" if level in _NOT_ISOLATED else level
+    if _levels[conn]:
+        _set_level(conn, "read committed")
+
+
+def _set_its_own_level(conn: Connection) -> None:
+    if level := _levels.get(conn):
+        _set_level(conn, level)
+
+
+def _set_level(conn: Connection, level: str) -> None:
+    statement = b"SELECT set_config('default_transaction_isolation', %(level)s, false)"
+    fetch(conn, statement, {"level": level})
 
 
 def _set_up_prepared_statements(conn: Connection) -> None:

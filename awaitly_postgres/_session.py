@@ -109,7 +109,6 @@ class Session:
     _stored: WorkflowSnapshot | None = None
     _written: Written = Written()
     _must_rewrite: bool = False  # what is stored has steps that this start does not take over
-    _locked: bool = False  # a transaction held the lease's row longer than the lease may last
     _in_doubt: str | None = None  # the step of a transaction whose outcome is not known
     _pid: int = field(factory=os.getpid)
     # One write at a time. Taken after a connection, so that nobody who has it waits for one.
@@ -372,19 +371,22 @@ class Session:
         step: str | None = None
         before: tuple[Written, bool, bool] | None = None  # this step, once we have the turn
         used: Connection | None = None
+        # Read before the transaction begins: what it sees is not older.
+        params = self._next_write()
 
         def work(conn: Connection) -> None:
             nonlocal step, before, used
             used = conn
             isolated = self._db.isolates(conn)
-            if isolated:
-                self._lock_first(conn)
+            if isolated and not fetch(conn, self._sql.check_history, params):
+                raise LeaseLost(self.id)
             value = self._run_body(conn, key, body)
             self._turn.acquire()
             self._refuse_to_write(key)
+            self._settle_rewrite()
             before = self._written, self._must_rewrite, self._has_got_further
             step = enter(value)
-            if not self._checkpoint(conn, key, step, "isolated" if isolated else "transaction"):
+            if not self._checkpoint_in_transaction(conn, key, step, isolated):
                 raise LeaseLost(self.id)
             self._in_doubt = key  # last: what follows is the commit
 
@@ -429,16 +431,6 @@ class Session:
                 "to record; raise an exception of your own, or return"
             ) from error
 
-    def _lock_first(self, conn: Connection) -> None:
-        """Lock the lease's row before the body runs.
-
-        Above READ COMMITTED the fence could not write a row that has changed since the transaction
-        began, and renewing the lease changes it.
-        """
-        if not fetch(conn, self._sql.lock_first, self._held.params):
-            raise LeaseLost(self.id)
-        self._locked = True
-
     def signal(self, key: str) -> str | None:
         """Return the JSON text that was sent for ``key``."""
         rows = self._db.rows(self._sql.signal_for, {"id": self._key, "key": key})
@@ -474,17 +466,18 @@ class Session:
         return {
             "id": self._key,
             "ttl": self.policy.lock_ttl,
+            "token": self._token,
+            "number": written.number,
             "tokens": tokens,
             "base": tokens[0],
             "next": tokens[-1],
             "last": written.last_appended,
-            "locked": self._locked,
         }
 
     def _numbered(self, number: int) -> str:
         return f"{self._token}#{number}" if number else self._token
 
-    def _checkpoint(self, conn: Connection, key: str, step: str, within: str = "") -> bool:
+    def _checkpoint(self, conn: Connection, key: str, step: str) -> bool:
         """Write one step, fenced; tell whether the lease was still ours.
 
         While the snapshot fits into its row it is rewritten whole, for anybody to read in one
@@ -492,24 +485,61 @@ class Session:
         journal until they amount to as much again.
         """
         written = self._written
-        self._has_got_further = self._has_got_further or step.startswith('{"ok":true')
+        self._note_progress(step)
         grown = written.appended + len(key) + len(step)
         small = written.size + grown <= IN_ROW
         due = grown >= max(FOLDED, written.size)
-        # Not known whether the last rewrite has landed: a step could not say what it follows.
-        unknown = written.tried > written.number
-        # A signal may have changed the snapshot's row since an isolated transaction began.
-        rewrite = (small or due) and within != "isolated"
-        if rewrite or unknown or self._must_rewrite or not self._sql.journal:
+        if small or due or self._must_settle or not self._sql.journal:
             return self._rewrite(conn)
-        statement = self._sql.append_in_transaction if within else self._sql.append
+        return self._append(conn, self._sql.append, key, step)
+
+    def _checkpoint_in_transaction(
+        self, conn: Connection, key: str, step: str, isolated: bool
+    ) -> bool:
+        """Write one step in the transaction of its body; tell whether the lease was still ours.
+
+        It is appended whatever the size: an isolated transaction could not write a snapshot that
+        another thread or a signal has changed since it began.
+        """
+        self._note_progress(step)
+        sql = self._sql
+        if sql.journal:
+            statement = sql.append_isolated if isolated else sql.append_in_transaction
+            return self._append(conn, statement, key, step)
+        if not isolated:
+            return self._rewrite(conn)
+        document = self._document("running")
+        params = {**self._next_write(), "snapshot": document, "pause": self._pause()}
+        self._written = evolve(self._written, size=len(document))
+        return bool(execute(conn, sql.write_isolated, params, prepare=True))
+
+    def _append(self, conn: Connection, statement: bytes, key: str, step: str) -> bool:
+        written = self._written
         params = {**self._next_write(), "key": key, "step": step}
         params["tokens"] = [params["base"]]
         self._written = evolve(written, journal_is_empty=False)
         if not execute(conn, statement, params, prepare=True):
             return False
+        grown = written.appended + len(key) + len(step)
         self._written = evolve(written, appended=grown, last_appended=key, journal_is_empty=False)
         return True
+
+    def _note_progress(self, step: str) -> None:
+        self._has_got_further = self._has_got_further or step.startswith('{"ok":true')
+
+    @property
+    def _must_settle(self) -> bool:
+        """Whether no step may be appended before the snapshot is rewritten.
+
+        While it is not known whether the last rewrite has landed, it could do so after the step,
+        which it would erase.
+        """
+        return self._must_rewrite or self._written.tried > self._written.number
+
+    def _settle_rewrite(self) -> None:
+        """Rewrite the snapshot before a transaction appends, on a connection of its own."""
+        if self._must_settle and not self._db.run_apart(self._rewrite):
+            raise LeaseLost(self.id)
 
     def _rewrite(self, conn: Connection) -> bool:
         document = self._document("running")

@@ -120,7 +120,9 @@ class Statements:
     fold: bytes
     append: bytes
     append_in_transaction: bytes
-    lock_first: bytes
+    append_isolated: bytes
+    write_isolated: bytes
+    check_history: bytes
     wait_for_commit: bytes
     finish: bytes
     finish_and_fold: bytes
@@ -216,10 +218,17 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
         names[f"swept_if_{source}"] = with_journal(
             ", swept AS (DELETE FROM {steps} WHERE id = %(id)s AND EXISTS (SELECT FROM {source}))"
         )
-    # A save under a lease of the user's own: whoever has it may write. It renews the lease, which
-    # nobody could do while a long transaction held the row.
+    # A transaction above READ COMMITTED sees the lease's row as it was at its beginning, and could
+    # not write it if it has been renewed since. So it only locks it, FOR KEY SHARE: until the
+    # commit others cannot take the lease over, and we can renew it. If it was taken over since the
+    # beginning, the row is gone, and locking it fails: taking over deletes it.
+    names["isolated"] = sql.SQL(
+        "current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted')"
+    )
+    # A save under a lease of the user's own, in whatever transaction: whoever has it may write.
     names["fence"] = sql.SQL(
-        "fence AS (UPDATE {lock} SET expires_at = {lease_end} WHERE {lease_is_ours} RETURNING 1)"
+        "fence AS (SELECT FROM {lock} WHERE {owner_is_us} "
+        "AND ({isolated} OR expires_at > clock_timestamp()) FOR KEY SHARE)"
     ).format(**names)
     # A write of a run lands only on the state that it was made from. Each write of the snapshot
     # gives the token its next number in the same statement, and names those that it may follow:
@@ -233,7 +242,11 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
     )
     names["next_write"] = sql.SQL(
         "workflow_id = %(id)s AND owner_token = ANY(%(tokens)s::text[]) "
-        "AND (%(locked)s OR expires_at > clock_timestamp()){last_is_there}"
+        "AND expires_at > clock_timestamp(){last_is_there}"
+    ).format(**names)
+    # What an isolated transaction follows was checked at its beginning, by ``check_history``.
+    names["isolated_fence"] = sql.SQL(
+        "fence AS (SELECT FROM {lock} WHERE {owner_is_us} FOR KEY SHARE)"
     ).format(**names)
     names["numbered_fence"] = sql.SQL(
         "fence AS (UPDATE {lock} SET owner_token = %(next)s::text, expires_at = {lease_end} "
@@ -386,13 +399,23 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
         write=compile(write.replace("{swept_if_fence}", "")),
         fold=compile(write),
         append=compile("WITH fence AS (SELECT FROM {lock} WHERE {next_write} FOR UPDATE) {append}"),
-        # Within a transaction it renews the lease as well, for nobody could while that lasted.
+        # Within a transaction it renews the lease as well, for nobody can until the commit.
         append_in_transaction=compile(
             "WITH fence AS (UPDATE {lock} SET expires_at = {lease_end} WHERE {next_write} "
             "RETURNING 1) {append}"
         ),
-        # Above READ COMMITTED, a renewal during the transaction would make its fence fail.
-        lock_first=compile("SELECT 1 FROM {lock} WHERE {lease_is_ours} FOR UPDATE"),
+        append_isolated=compile("WITH {isolated_fence} {append}"),
+        write_isolated=compile(
+            "WITH {isolated_fence} INSERT INTO {snapshots} (id, snapshot, updated_at) "
+            "SELECT %(id)s, {with_pause}, clock_timestamp() FROM fence {upsert_but_signals}"
+        ),
+        # The first statement of an isolated transaction: is all there that has been recorded? Other
+        # threads may have recorded more since, and folded the journal.
+        check_history=compile(
+            "SELECT 1 FROM {lock} WHERE {lease_is_ours} "
+            "AND COALESCE(NULLIF(split_part(owner_token, '#', 2), ''), '0')::bigint "
+            ">= %(number)s::bigint{last_is_there}"
+        ),
         # Returns when no transaction that has written under this lease is under way any more.
         wait_for_commit=compile("SELECT 1 FROM {lock} WHERE {owner_is_us} FOR UPDATE"),
         finish=compile(finish.replace("{swept_if_fence}", "")),
@@ -442,20 +465,23 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
         take_over=compile(
             "WITH free AS (SELECT workflow_id FROM {lock} WHERE workflow_id = %(id)s "
             "AND (expires_at <= clock_timestamp() OR owner_token = %(token)s) "
-            "FOR UPDATE SKIP LOCKED) "
-            "UPDATE {lock} SET owner_token = %(token)s, expires_at = {lease_end} "
-            "WHERE workflow_id = %(id)s AND EXISTS (SELECT FROM free) "
+            "FOR UPDATE SKIP LOCKED), "
+            # Not updated: see the fence in a transaction.
+            "gone AS (DELETE FROM {lock} WHERE workflow_id = %(id)s "
+            "AND EXISTS (SELECT FROM free) RETURNING 1) "
+            "INSERT INTO {lock} (workflow_id, owner_token, expires_at) "
+            "SELECT %(id)s, %(token)s, {lease_end} FROM gone "
             "RETURNING to_char(expires_at AT TIME ZONE 'UTC', {iso})"
         ),
         holder=compile(
             "SELECT split_part(owner_token, '#', 1), "
             "to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM {lock} WHERE workflow_id = %(id)s"
         ),
-        # A row that is locked is not waited for: while it is, nobody takes the lease over. Says
-        # then, with nothing in the second column, that the lease stands.
+        # A row that a write has locked is not waited for: while it is, nobody takes the lease over.
+        # Says then, with nothing in the second column, that the lease stands.
         renew=compile(
             "WITH unlocked AS (SELECT workflow_id FROM {lock} WHERE {owner_is_us} "
-            "FOR UPDATE SKIP LOCKED), "
+            "FOR NO KEY UPDATE SKIP LOCKED), "
             "renewed AS (UPDATE {lock} SET expires_at = {lease_end} WHERE {lease_is_ours} "
             "AND EXISTS (SELECT FROM unlocked) RETURNING expires_at) "
             "SELECT 1, (SELECT to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM renewed) "

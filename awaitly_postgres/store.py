@@ -88,7 +88,7 @@ class SnapshotStore:
             return
         if lease.params["id"] != params["id"]:
             raise ValueError(f"the lease is on {lease.id!r}, not on {id!r}")
-        params |= {**lease.params, "ttl": lease.ttl}
+        params |= lease.params
         if not self._db.count(self._sql.save_under_lease, params, conn):
             raise LeaseLost(id)
 

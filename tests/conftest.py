@@ -28,6 +28,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=os.environ.get("DATABASE_URL"),
         help="test on this server (default: $DATABASE_URL, else Docker, else the embedded one)",
     )
+    parser.addoption(
+        "--isolation",
+        default="read committed",
+        help='default_transaction_isolation of the embedded server, "serializable" for example',
+    )
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +44,7 @@ def server(pytestconfig: pytest.Config) -> Iterator[str]:
     elif _docker_answers():
         yield from _in_docker()
     else:
-        yield from _embedded()
+        yield from _embedded(pytestconfig.getoption("--isolation"))
 
 
 def _docker_answers() -> bool:
@@ -62,13 +67,14 @@ def _in_docker() -> Iterator[str]:
         yield container.get_connection_url()
 
 
-def _embedded() -> Iterator[str]:
+def _embedded(isolation: str) -> Iterator[str]:
     folder = Path(tempfile.mkdtemp(prefix="awaitly-tests-"))
     folder.chmod(0o755)  # run by root, the server is another user
     running = embedded.server(folder / "pgdata")
     try:
         with psycopg.connect(running.get_uri(), autocommit=True) as conn:
             conn.execute("ALTER SYSTEM SET fsync = off")
+            conn.execute(f"ALTER SYSTEM SET default_transaction_isolation = '{isolation}'")
             conn.execute("SELECT pg_reload_conf()")
         yield running.get_uri()
     finally:
@@ -76,13 +82,17 @@ def _embedded() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+READ_COMMITTED = r"-c default_transaction_isolation=read\ committed"
+
+
 @pytest.fixture
-def url(server: str) -> Iterator[str]:
+def url(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
     """A conninfo whose search path is an empty schema of this test's own."""
     schema = f"test_{secrets.token_hex(6)}"
+    pinned = READ_COMMITTED if request.node.get_closest_marker("read_committed") else ""
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE SCHEMA {schema}")
-        yield make_conninfo(server, options=f"-c search_path={schema}")
+        yield make_conninfo(server, options=f"-c search_path={schema} {pinned}")
         admin.execute(f"DROP SCHEMA {schema} CASCADE")
 
 

@@ -72,7 +72,8 @@ def _django_supports_the_server(server: str) -> None:
 def site(server: str) -> Iterator[SimpleNamespace]:
     """The shop's project in this process, migrated into a schema of this file's own."""
     schema = f"test_{secrets.token_hex(6)}"
-    url = make_conninfo(server, options=f"-c search_path={schema}")
+    level = r"-c default_transaction_isolation=read\ committed"  # its views are made for this one
+    url = make_conninfo(server, options=f"-c search_path={schema} {level}")
     with psycopg.connect(server, autocommit=True) as admin, pytest.MonkeyPatch.context() as patch:
         admin.execute(f"CREATE SCHEMA {schema}")
         patch.setenv("DATABASE_URL", url)

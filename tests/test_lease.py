@@ -346,9 +346,10 @@ def test_a_zombie_that_waits_for_the_row_of_a_takeover_writes_nothing(
 
         def lose(*_: object) -> None:
             """Another process takes over and goes on, as yet uncommitted."""
+            rival.execute("DELETE FROM awaitly_workflow_lock")
             rival.execute(
-                "UPDATE awaitly_workflow_lock SET owner_token = 'rival:1:0', "
-                "expires_at = clock_timestamp() + interval '1 minute'"
+                "INSERT INTO awaitly_workflow_lock "
+                "VALUES ('a', 'rival:1:0', clock_timestamp() + interval '1 minute')"
             )
             # Shorter than the zombie's, so that it shows if that one puts its own back.
             rival.execute(

@@ -304,6 +304,7 @@ ALL_DONE = ["reserve", "pay", "gift", "ship"]
 BEGIN, RESERVE, PAY_BEGIN, PAY_BODY, PAY_FENCE, PAY_COMMIT, GIFT, SHIP, END = range(9)
 
 
+@pytest.mark.read_committed
 @pytest.mark.parametrize("on_complete", ["keep", "delete"])
 @pytest.mark.parametrize("what", ["request", "reply"])
 def test_a_run_ends_right_whatever_the_network_loses(

@@ -17,6 +17,8 @@ from psycopg_pool import ConnectionPool
 from awaitly_postgres import Durable, Outcome, SnapshotStore, Step, postgres
 from awaitly_postgres._sql import Statements, compose
 
+pytestmark = pytest.mark.read_committed
+
 # -- the wire ------------------------------------------------------------------------------
 
 
@@ -74,13 +76,26 @@ def test_a_run_of_n_steps_takes_n_and_two_commits_of_one_round_trip_each(
     assert counts == {"round trips": count + 2, "transactions": count + 2}
 
 
+@pytest.mark.parametrize("journal_used", [False, True])
+def test_a_resumed_run_of_n_steps_takes_n_and_three_commits(
+    traced: SnapshotStore, wire: Wire, journal_used: bool
+) -> None:
+    """Looking twice what is there, which commits nothing; lease; count; each step; end."""
+    durable = Durable(traced)
+    durable.workflow(work)
+    durable.submit("a", work, 10, 5000 if journal_used else 10)
+    with wire.counted() as counts:
+        durable.resume("a")
+    assert counts == {"round trips": 2 + 10 + 3, "transactions": 2 + 10 + 3}
+
+
 def test_a_transaction_step_adds_only_begin_and_commit(traced: SnapshotStore, wire: Wire) -> None:
     """One commit, as any step; what else goes over the wire is the user's."""
 
     def pay(step: Step) -> None:
         step.transaction("pay", lambda conn: conn.execute("SELECT 1") and None)
 
-    Durable(traced).run("first", pay)  # asks once of each connection how it isolates
+    Durable(traced).run("first", pay)  # prepares its statement
     with wire.counted() as counts:
         Durable(traced).run("a", pay)
     assert counts == {"round trips": 2 + 4, "transactions": 2 + 1}
@@ -153,12 +168,24 @@ def test_finding_that_another_was_faster_asks_once_and_writes_nothing(
 
 WRITES = [
     *("save", "create", "begin", "take_up", "write", "fold", "finish", "finish_and_fold"),
-    *("append", "append_in_transaction", "lock_first", "wait_for_commit", "lock_lease_row"),
+    *("append", "append_in_transaction", "append_isolated", "write_isolated"),
+    *("wait_for_commit", "lock_lease_row"),
     *("discard", "delete", "cancel", "signal", "acquire", "take_over", "save_under_lease"),
     *("renew", "release"),
 ]
 READS_AND_HOUSEKEEPING = [
-    *("load", "look", "exists", "signal_for", "held", "holder", "now", "list", "details"),
+    *(
+        "load",
+        "look",
+        "check_history",
+        "exists",
+        "signal_for",
+        "held",
+        "holder",
+        "now",
+        "list",
+        "details",
+    ),
     *("pending", "stats", "prunable", "delete_many", "sweep_journal", "sweep_locks"),
     *("tables_exist", "schema_exists", "serialize_ddl"),
 ]
@@ -237,6 +264,7 @@ def test_no_write_asks_for_a_time_that_stands_still(name: str, text: str) -> Non
 @statements
 def test_rows_are_locked_by_their_id_only(name: str, text: str) -> None:
     """Citus knows then which node to ask."""
-    locking = [part for part in parts_with_a_table(text) if "FOR UPDATE" in part]
-    assert text.count("FOR UPDATE") == len(locking)
+    lock = re.compile("FOR (UPDATE|NO KEY UPDATE|KEY SHARE)")
+    locking = [part for part in parts_with_a_table(text) if lock.search(part)]
+    assert len(lock.findall(text)) == len(locking)
     assert all(re.search(r"WHERE (workflow_)?id = %\(id\)s", part) for part in locking)

@@ -780,6 +780,7 @@ def test_create_tables_adds_the_index_for_pending_work_to_nodes_tables(
 # -- cost ----------------------------------------------------------------------------------
 
 
+@pytest.mark.read_committed
 @pytest.mark.skipif(sys.platform != "linux", reason="libpq traces to a file descriptor on Linux")
 @pytest.mark.parametrize("kind", ["its own pool", "a caller's pool", "a caller's in autocommit"])
 def test_save_and_load_take_one_round_trip(url: str, tmp_path: Path, kind: str) -> None:
