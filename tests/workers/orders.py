@@ -87,7 +87,7 @@ def connect(url: str) -> tuple[Durable, ConnectionPool[Any]]:
         connection_class=Mortal,
         kwargs={"autocommit": True},  # else switching it would count as a statement
         min_size=1,
-        max_size=2,
+        max_size=1,
         open=True,
     )
     store = postgres(pool=pool)
