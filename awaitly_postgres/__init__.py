@@ -1,7 +1,6 @@
 """PostgreSQL persistence and durable execution for blocking Python."""
 
-from .codec import Codec
-from .durable import Durable, Outcome
+from .durable.durable import Durable, Outcome
 from .errors import (
     AlreadyRunning,
     AwaitlyError,
@@ -22,9 +21,6 @@ from .errors import (
     WorkflowNotFound,
     WorkflowSuspended,
 )
-from .event import Event
-from .factory import postgres
-from .lease import Lease
 from .snapshot import (
     Execution,
     StepResult,
@@ -32,9 +28,13 @@ from .snapshot import (
     merge_snapshots,
     validate_snapshot,
 )
-from .step import Step
-from .store import SnapshotInfo, SnapshotStore, StoreStats
-from .workflow import Workflow
+from .store.lease import Lease
+from .store.postgres import postgres
+from .store.store import SnapshotInfo, SnapshotStore, StoreStats
+from .workflow.codec import Codec
+from .workflow.event import Event
+from .workflow.step import Step
+from .workflow.workflow import Workflow
 
 __version__ = "0.1.0"
 

@@ -1,4 +1,4 @@
-"""The shape of the package: imports point downward, and little is needed to import it."""
+"""The shape of the package: a workflow, a store, and durable, which joins them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,6 @@ import awaitly_postgres
 PACKAGE = Path(awaitly_postgres.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# Each floor uses those above it in this list, and within a floor what stands before it.
-FLOORS = [
-    ["errors", "_json", "_printable"],
-    ["snapshot", "event", "_sql", "_failure", "codec"],
-    ["_db"],
-    ["lease", "store", "_run", "step", "workflow"],
-    ["_session", "_queue", "durable"],
-    ["codecs", "embedded", "factory"],
-    ["__init__"],
-    ["contrib", "cli", "__main__"],  # entry points: users of the package, like any other
-]
-ORDER = [unit for floor in FLOORS for unit in floor]
-KNOW_PSYCOPG = {"_sql", "_db", "factory", "contrib"}
 MAY_LOAD = {"awaitly-postgres", "psycopg", "psycopg-binary", "psycopg-pool", "attrs"}
 MAY_LOAD |= {"typing-extensions"}  # of psycopg, on older Pythons
 
@@ -44,9 +31,9 @@ PUBLIC = """
 """.split()  # noqa: SIM905
 
 
-def unit_of(file: Path) -> str:
-    """The module, or the subpackage as a whole, that a file belongs to."""
-    return file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def room_of(file: Path) -> str:
+    """The folder of a file, or the empty string of one that stands beside the rooms."""
+    return file.relative_to(PACKAGE).parts[0] if file.parent != PACKAGE else ""
 
 
 def imports(file: Path) -> Iterator[tuple[list[str], str | None]]:
@@ -61,11 +48,14 @@ def imports(file: Path) -> Iterator[tuple[list[str], str | None]]:
             yield from ((base, alias.name) for alias in node.names)
 
 
-def units_used(file: Path) -> Iterator[str]:
-    for module, name in imports(file):
-        if module[0] == "awaitly_postgres":
-            inner = module[1:] or [name if name in ORDER else "__init__"]
-            yield str(inner[0])
+def rooms_used(room: str) -> set[str]:
+    """What of the package, and which driver, the files of a room import."""
+    used = set()
+    for file in FILES:
+        if room_of(file) == room:
+            for module, _ in imports(file):
+                used.add(module[1] if module[0] == "awaitly_postgres" and module[1:] else module[0])
+    return used
 
 
 def caught_names(file: Path) -> set[str]:
@@ -104,29 +94,41 @@ def python(program: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
-def test_imports_point_downward(file: Path) -> None:
-    """No module knows one that stands above it; none is missing from the table."""
-    own = ORDER.index(unit_of(file))
-    used = set(units_used(file)) - {unit_of(file)}
-    assert {unit for unit in used if ORDER.index(unit) > own} == set()
+def test_a_workflow_needs_neither_the_store_nor_the_driver() -> None:
+    """Seen in a fresh process, in which the package's face has imported nothing."""
+    assert rooms_used("workflow").isdisjoint({"store", "durable", "psycopg", "psycopg_pool"})
+    modules = sorted(file.stem for file in FILES if room_of(file) == "workflow")
+    loaded = python(
+        "import sys, types, importlib; face = types.ModuleType('awaitly_postgres');"
+        f"face.__path__ = [{str(PACKAGE)!r}]; sys.modules['awaitly_postgres'] = face;"
+        f"[importlib.import_module('awaitly_postgres.workflow.' + name) for name in {modules}];"
+        "print(*sys.modules)"
+    ).split()
+    assert "awaitly_postgres.workflow.run" in loaded
+    assert not [name for name in loaded if name.startswith(("psycopg", "awaitly_postgres.store"))]
 
 
-def test_the_table_lists_no_module_that_is_gone() -> None:
-    """So that it stays a map of what there is."""
-    assert set(ORDER) == {unit_of(file) for file in FILES}
+def test_the_store_knows_nothing_of_workflows() -> None:
+    """It keeps snapshots and leases, whoever writes them."""
+    assert rooms_used("store").isdisjoint({"workflow", "durable"})
 
 
-def test_psycopg_is_known_to_few_modules() -> None:
-    """The statements, the connections, the factory, and the bridges to frameworks."""
-    knowing = {unit_of(file) for file in FILES if names_from_psycopg(file)}
-    assert knowing <= KNOW_PSYCOPG
+def test_only_durable_joins_the_two() -> None:
+    """What stands beside the rooms uses none of them; the face names what is public."""
+    joining = {"workflow", "store"}
+    rooms = {room_of(file) for file in FILES} - {"", "cli", "contrib"}
+    assert rooms == {*joining, "durable"}
+    assert rooms_used("durable") >= joining
+    for file in FILES:
+        if room_of(file) == "" and file.name not in ("__init__.py", "__main__.py"):
+            used = {module[1] for module, _ in imports(file) if module[0] == "awaitly_postgres"}
+            assert used.isdisjoint({*joining, "durable"}), file
 
 
 def test_only_one_module_catches_the_drivers_errors() -> None:
     """Everywhere else they are ours already."""
-    catching = {unit_of(file) for file in FILES if names_from_psycopg(file) & caught_names(file)}
-    assert catching == {"_db"}
+    catching = {file.stem for file in FILES if names_from_psycopg(file) & caught_names(file)}
+    assert catching == {"database"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -88,7 +88,7 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         def now(cls, tz: Any = None) -> datetime:
             return datetime.now(tz) - timedelta(days=1)
 
-    for module in ("snapshot", "_run"):
+    for module in ("snapshot", "workflow.run"):
         monkeypatch.setattr(f"awaitly_postgres.{module}.datetime", Yesterday)
 
 

@@ -14,7 +14,7 @@ import pytest
 from psycopg import sql
 
 from awaitly_postgres import Durable, Outcome, SnapshotInfo, SnapshotStore, Step
-from awaitly_postgres._sql import filtered
+from awaitly_postgres.store.statements import filtered
 
 DB = psycopg.Connection
 MakeStore = Callable[..., SnapshotStore]

@@ -15,7 +15,7 @@ from attrs import asdict
 from psycopg_pool import ConnectionPool
 
 from awaitly_postgres import Durable, Outcome, SnapshotStore, Step, postgres
-from awaitly_postgres._sql import Statements, compose
+from awaitly_postgres.store.statements import Statements, compose
 
 pytestmark = pytest.mark.read_committed
 

@@ -25,13 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from rich.segment import Segments
 
 from .. import __version__, _json
+from .._checks import check_id
 from .._printable import printable
-from .._sql import check_id
-from ..durable import Durable
+from ..durable.durable import Durable
 from ..errors import AwaitlyError, NotSerializable, SchemaMissing, StoreError
-from ..factory import postgres
 from ..snapshot import STATUSES
-from ..store import SnapshotStore
+from ..store.postgres import postgres
+from ..store.store import SnapshotStore
 from . import _rows, _view
 from ._resume import Stopped, Worker, import_durable
 from ._text import err, out, segments, span, width, write

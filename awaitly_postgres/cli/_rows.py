@@ -9,9 +9,9 @@ from typing import Any
 from attrs import frozen
 
 from .. import _json
-from ..lease import moment
+from .._checks import moment
 from ..snapshot import as_mapping
-from ..store import SnapshotStore
+from ..store.store import SnapshotStore
 from ._text import span
 
 _PAGE = 500

@@ -29,9 +29,9 @@ from django.db import transaction as transactions
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 
-from ..._db import Connection, Database
-from ...factory import postgres
-from ...store import SnapshotStore
+from ...store.database import Connection, Database
+from ...store.postgres import postgres
+from ...store.store import SnapshotStore
 
 __all__ = ["atomic", "connection", "store"]
 

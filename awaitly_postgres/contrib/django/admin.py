@@ -20,11 +20,11 @@ from django.utils.html import format_html
 from django.utils.timesince import timesince
 
 from ... import _json
-from ..._db import fetch
+from ..._checks import moment
 from ...errors import SnapshotFormatError
-from ...factory import postgres
-from ...lease import moment
 from ...snapshot import WorkflowSnapshot, as_mapping
+from ...store.database import fetch
+from ...store.postgres import postgres
 from . import connection
 from .models import Workflow
 

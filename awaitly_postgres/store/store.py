@@ -12,12 +12,14 @@ from typing import Any
 
 from attrs import define, frozen
 
-from . import _json, lease
-from ._db import Connection, Database, execute, fetch
-from ._sql import Statements, check_id, filtered, prefix_bounds
-from .errors import AlreadyRunning, AwaitlyError, LeaseLost, NotSerializable, SnapshotFormatError
-from .lease import DEFAULT_TTL, Lease, moment
-from .snapshot import STATUSES, WorkflowSnapshot
+from .. import _json
+from .._checks import check_id, check_limit, check_status, moment
+from ..errors import AlreadyRunning, AwaitlyError, LeaseLost, NotSerializable, SnapshotFormatError
+from ..snapshot import WorkflowSnapshot
+from . import lease
+from .database import Connection, Database, execute, fetch
+from .lease import DEFAULT_TTL, Lease
+from .statements import Statements, filtered, prefix_bounds
 
 _PAGE = 500
 
@@ -361,17 +363,3 @@ def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot
     if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
         document["steps"] = {**appended, **document["steps"]}
     return WorkflowSnapshot.from_json(document, id=id)
-
-
-def check_status(status: str | None) -> str | None:
-    """Return ``status`` if it is one, or None; else raise ValueError."""
-    if status is not None and status not in STATUSES:
-        raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
-    return status
-
-
-def check_limit(limit: int, name: str = "limit") -> int:
-    """Return ``limit`` if it is a positive integer, else raise ValueError."""
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ValueError(f"{name} must be a positive integer, not {limit!r}")
-    return limit

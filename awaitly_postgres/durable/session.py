@@ -11,13 +11,9 @@ from typing import Any, Literal, TypeVar
 
 from attrs import define, evolve, field, frozen
 
-from . import _failure, _json
-from . import lease as leases
-from ._db import ROLLBACK, Connection, Database, Row, driver_error, execute, fetch
-from ._run import OF_THIS_MOMENT, OnDrift, Run
-from ._sql import Statements
-from .codec import Codec, decode, decode_input, encode
-from .errors import (
+from .. import _json
+from .._checks import OnDrift, moment
+from ..errors import (
     AlreadyRunning,
     AwaitlyError,
     LeaseLost,
@@ -30,12 +26,18 @@ from .errors import (
     WorkflowError,
     WorkflowSuspended,
 )
-from .event import EventType, OnEvent
-from .lease import Lease, moment
-from .snapshot import WorkflowSnapshot, timestamp
-from .step import Step
-from .store import SnapshotStore, decode_snapshot
-from .workflow import stored_version
+from ..snapshot import WorkflowSnapshot, timestamp
+from ..store import lease as leases
+from ..store.database import ROLLBACK, Connection, Database, Row, driver_error, execute, fetch
+from ..store.lease import Lease
+from ..store.statements import Statements
+from ..store.store import SnapshotStore, decode_snapshot
+from ..workflow import failure as _failure
+from ..workflow.codec import Codec, decode, decode_input, encode
+from ..workflow.event import EventType, OnEvent
+from ..workflow.run import OF_THIS_MOMENT, Run
+from ..workflow.step import Step
+from ..workflow.workflow import stored_version
 
 T = TypeVar("T")
 

@@ -24,8 +24,8 @@ from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import tuple_row
 from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
-from ._sql import Statements
-from .errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
+from ..errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
+from .statements import Statements
 
 T = TypeVar("T")
 Connection = psycopg.Connection[Any]

@@ -8,8 +8,8 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
-from . import _json
-from .errors import NotSerializable, SnapshotFormatError
+from .. import _json
+from ..errors import NotSerializable, SnapshotFormatError
 
 T = TypeVar("T")
 

@@ -16,23 +16,9 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
 from attrs import define, field, frozen
 
-from . import _json
-from ._db import Connection, execute, fetch
-from ._queue import Queue
-from ._run import OnDrift
-from ._session import (
-    Entry,
-    OnVersionMismatch,
-    OpenTransaction,
-    Policy,
-    Session,
-    TouchedMeanwhile,
-    check_untouched,
-    is_input,
-)
-from ._sql import check_id
-from .codec import Codec, encode
-from .errors import (
+from .. import _json
+from .._checks import OnDrift, check_id, check_limit, check_on_drift, check_ttl, moment
+from ..errors import (
     AlreadyRunning,
     LeaseLost,
     SnapshotFormatError,
@@ -42,12 +28,25 @@ from .errors import (
     WorkflowDrift,
     WorkflowNotFound,
 )
-from .event import OnEvent
-from .lease import DEFAULT_TTL, check_ttl, moment
-from .snapshot import timestamp
-from .step import Step
-from .store import Infos, SnapshotInfo, SnapshotStore, check_limit, decode_snapshot
-from .workflow import check_on_drift, name_of
+from ..snapshot import timestamp
+from ..store.database import Connection, execute, fetch
+from ..store.lease import DEFAULT_TTL
+from ..store.store import Infos, SnapshotInfo, SnapshotStore, decode_snapshot
+from ..workflow.codec import Codec, encode
+from ..workflow.event import OnEvent
+from ..workflow.step import Step
+from ..workflow.workflow import name_of
+from .pending import Queue
+from .session import (
+    Entry,
+    OnVersionMismatch,
+    OpenTransaction,
+    Policy,
+    Session,
+    TouchedMeanwhile,
+    check_untouched,
+    is_input,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")

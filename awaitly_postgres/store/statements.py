@@ -16,10 +16,7 @@ from typing import Any
 from attrs import frozen
 from psycopg import sql
 
-from .errors import WrongType
-
-MAX_NAME = 48  # PostgreSQL cuts names at 63 bytes; ours grow by up to 15 (_updated_at_idx).
-MAX_ID = 1000  # bytes; id and key share one B-tree entry, which holds 2,704.
+from .._checks import MAX_ID
 
 _ISO = """'YYYY-MM-DD"T"HH24:MI:SS.US"+00:00"'"""  # what datetime.fromisoformat reads
 _FORMAT_ISO = """'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'"""  # what the snapshot format stores
@@ -44,38 +41,6 @@ _FILTERS = {
 _OWNER_IS_US = "workflow_id = %(id)s AND split_part(owner_token, '#', 1) = %(token)s"
 _LEASE_IS_OURS = f"{_OWNER_IS_US} AND expires_at > clock_timestamp()"
 _LEASE_END = "clock_timestamp() + make_interval(secs => %(ttl)s)"
-
-
-def check_name(name: object, what: str) -> str:
-    """Return ``name`` if it may be the name of a table or schema, else raise ValueError."""
-    if not isinstance(name, str):
-        raise WrongType(f"{what} must be a string, not {type(name).__name__}")
-    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII) or len(name) > MAX_NAME:
-        raise ValueError(
-            f"{what} {name!r} must be letters, digits and underscores, not start with a digit, "
-            f"and have at most {MAX_NAME} characters"
-        )
-    return name
-
-
-def check_id(id: object, what: str = "id", room: int = 0) -> str:
-    """Return ``id`` if it can be a key in the tables, else raise ValueError.
-
-    ``room`` is what a prefix takes of the `MAX_ID` bytes.
-    """
-    if not isinstance(id, str):
-        raise WrongType(f"{what} must be a string, not {type(id).__name__}")
-    if not id:
-        raise ValueError(f"{what} must not be empty")
-    if "\0" in id:
-        raise ValueError(f"{what} {id!r} contains a NUL character")
-    try:
-        size = len(id.encode()) + room
-    except UnicodeEncodeError:
-        raise ValueError(f"{what} {id!r} contains a lone surrogate") from None
-    if size > MAX_ID:
-        raise ValueError(f"{what} {id[:40]!r}… has {size:,} bytes, at most {MAX_ID:,} fit")
-    return str(id)
 
 
 def prefix_bounds(prefix: str) -> tuple[str, str | None]:

@@ -7,9 +7,10 @@ from typing import Any
 
 from psycopg_pool import ConnectionPool
 
-from ._db import Database
-from ._sql import check_id, check_name, compose
-from .store import SnapshotStore, check_limit
+from .._checks import check_id, check_limit, check_name
+from .database import Database
+from .statements import compose
+from .store import SnapshotStore
 
 
 def postgres(
@@ -86,6 +87,6 @@ def postgres(
 
 
 def _start_embedded() -> str:
-    from . import embedded  # its extra is imported when it is asked for, and only then
+    from .. import embedded  # its extra is imported when it is asked for, and only then
 
     return embedded.start()

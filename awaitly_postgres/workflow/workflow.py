@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, Generic, Literal, ParamSpec, TypeVar
 
 from attrs import define, field
 
-from . import _json
-from ._run import OF_THIS_MOMENT, OnDrift, Run
+from .. import _json
+from .._checks import OnDrift, check_on_drift
+from ..errors import VersionMismatch, WorkflowConflict, WorkflowDrift, WorkflowSuspended
+from ..snapshot import Status, WorkflowSnapshot, timestamp
 from .codec import Codec
-from .errors import VersionMismatch, WorkflowConflict, WorkflowDrift, WorkflowSuspended
 from .event import EventType, OnEvent
-from .snapshot import Status, WorkflowSnapshot, timestamp
+from .run import OF_THIS_MOMENT, Run
 from .step import Step
 
 P = ParamSpec("P")
@@ -161,9 +161,3 @@ def stored_version(metadata: Mapping[str, Any]) -> int:
     """Return the version in a snapshot's metadata; without one it is 1, as in the Node package."""
     version = metadata.get("version", 1)
     return version if isinstance(version, int) and not isinstance(version, bool) else 1
-
-
-def check_on_drift(on_drift: str) -> None:
-    """Raise ValueError unless ``on_drift`` is one of the two words."""
-    if on_drift not in typing.get_args(OnDrift):
-        raise ValueError(f"on_drift must be 'error' or 'ignore', not {on_drift!r}")

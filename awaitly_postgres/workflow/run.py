@@ -9,26 +9,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
-from typing import Any, Literal, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from attrs import define, field
 
-from . import _failure, _json
-from ._sql import check_id
-from .codec import Codec, decode, encode
-from .errors import (
+from .. import _json
+from .._checks import OnDrift, check_id
+from ..errors import (
     AwaitlyError,
     DuplicateStepKey,
     WorkflowDrift,
     WorkflowError,
     WorkflowSuspended,
 )
+from ..snapshot import WorkflowSnapshot, timestamp
+from . import failure as _failure
+from .codec import Codec, decode, encode
 from .event import Event, EventType, OnEvent
-from .snapshot import WorkflowSnapshot, timestamp
 
 T = TypeVar("T")
-
-OnDrift = Literal["error", "ignore"]
 
 # Fields of a snapshot's metadata that each new document writes anew, or not at all.
 OF_THIS_MOMENT = ("failure", "failures", "waits", "sleeps", "settled", "wakeAt")

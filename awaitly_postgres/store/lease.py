@@ -17,8 +17,9 @@ from datetime import datetime
 
 from attrs import define, field
 
-from ._db import Connection, Database, Row, execute, fetch
-from .errors import AlreadyRunning
+from .._checks import check_ttl, moment
+from ..errors import AlreadyRunning
+from .database import Connection, Database, Row, execute, fetch
 
 DEFAULT_TTL = 60.0  # seconds
 _LINGER = 1.0  # seconds for which the renewing thread waits for another lease before it ends
@@ -79,21 +80,6 @@ class Lease:
 def new_token() -> str:
     """Make a token that no other acquisition has: ``host:pid:random``."""
     return f"{socket.gethostname()}:{os.getpid()}:{os.urandom(8).hex()}"
-
-
-def check_ttl(ttl: float) -> float:
-    """Return ``ttl`` in seconds if it is a sensible one, else raise ValueError."""
-    if not 0 < ttl < 10**9:
-        raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")
-    return float(ttl)
-
-
-def moment(text: str | None) -> datetime:
-    """Read a time that the server wrote; what it cannot write (infinity) is far away."""
-    try:
-        return datetime.fromisoformat(text or "")
-    except ValueError:
-        return datetime.fromisoformat("9999-12-31T23:59:59+00:00")
 
 
 def acquire(db: Database, id: str, key: str, ttl: float, token: str | None = None) -> Lease:

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import MemberDescriptorType, ModuleType
 from typing import Any
 
-from . import _json
-from .errors import NotSerializable, StepFailed
+from .. import _json
+from ..errors import NotSerializable, StepFailed
 
 _MAX_STACK = 8_000  # characters
 _MAX_GROUPS = 10  # of exception groups, one inside the other

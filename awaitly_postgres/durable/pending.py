@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from attrs import define, field
 
-from .store import Infos, SnapshotInfo
+from ..store.store import Infos, SnapshotInfo
 
 PAGE = 100  # of a listing
 

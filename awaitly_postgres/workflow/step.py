@@ -11,9 +11,9 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from ._run import Run
-from ._sql import check_id
-from .errors import WorkflowError
+from .._checks import check_id
+from ..errors import WorkflowError
+from .run import Run
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,0 +1,83 @@
+"""Ids, names, limits and times, checked in one place."""
+
+from __future__ import annotations
+
+import re
+import typing
+from datetime import datetime
+from typing import Literal
+
+from .errors import WrongType
+from .snapshot import STATUSES
+
+OnDrift = Literal["error", "ignore"]
+
+MAX_NAME = 48  # PostgreSQL cuts names at 63 bytes; ours grow by up to 15 (_updated_at_idx).
+MAX_ID = 1000  # bytes; id and key share one B-tree entry, which holds 2,704.
+
+
+def check_name(name: object, what: str) -> str:
+    """Return ``name`` if it may be the name of a table or schema, else raise ValueError."""
+    if not isinstance(name, str):
+        raise WrongType(f"{what} must be a string, not {type(name).__name__}")
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII) or len(name) > MAX_NAME:
+        raise ValueError(
+            f"{what} {name!r} must be letters, digits and underscores, not start with a digit, "
+            f"and have at most {MAX_NAME} characters"
+        )
+    return name
+
+
+def check_id(id: object, what: str = "id", room: int = 0) -> str:
+    """Return ``id`` if it can be a key in the tables, else raise ValueError.
+
+    ``room`` is what a prefix takes of the `MAX_ID` bytes.
+    """
+    if not isinstance(id, str):
+        raise WrongType(f"{what} must be a string, not {type(id).__name__}")
+    if not id:
+        raise ValueError(f"{what} must not be empty")
+    if "\0" in id:
+        raise ValueError(f"{what} {id!r} contains a NUL character")
+    try:
+        size = len(id.encode()) + room
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {id!r} contains a lone surrogate") from None
+    if size > MAX_ID:
+        raise ValueError(f"{what} {id[:40]!r}… has {size:,} bytes, at most {MAX_ID:,} fit")
+    return str(id)
+
+
+def check_limit(limit: int, name: str = "limit") -> int:
+    """Return ``limit`` if it is a positive integer, else raise ValueError."""
+    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+        raise ValueError(f"{name} must be a positive integer, not {limit!r}")
+    return limit
+
+
+def check_status(status: str | None) -> str | None:
+    """Return ``status`` if it is one, or None; else raise ValueError."""
+    if status is not None and status not in STATUSES:
+        raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
+    return status
+
+
+def check_ttl(ttl: float) -> float:
+    """Return ``ttl`` in seconds if it is a sensible one, else raise ValueError."""
+    if not 0 < ttl < 10**9:
+        raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")
+    return float(ttl)
+
+
+def check_on_drift(on_drift: str) -> None:
+    """Raise ValueError unless ``on_drift`` is one of the two words."""
+    if on_drift not in typing.get_args(OnDrift):
+        raise ValueError(f"on_drift must be 'error' or 'ignore', not {on_drift!r}")
+
+
+def moment(text: str | None) -> datetime:
+    """Read a time that the server wrote; what it cannot write (infinity) is far away."""
+    try:
+        return datetime.fromisoformat(text or "")
+    except ValueError:
+        return datetime.fromisoformat("9999-12-31T23:59:59+00:00")

@@ -1,0 +1,1 @@
+"""Joins the two: workflows whose steps are recorded in the store."""

@@ -1,0 +1,1 @@
+"""The database: snapshots, leases, statements. Knows nothing of workflows."""

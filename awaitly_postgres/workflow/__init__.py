@@ -1,0 +1,1 @@
+"""Steps and replay: needs no database and never loads psycopg."""
