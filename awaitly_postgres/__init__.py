@@ -1,6 +1,7 @@
 """PostgreSQL persistence and durable execution for blocking Python."""
 
-from .durable.durable import Durable, Outcome
+from .durable.durable import Durable
+from .durable.pending import Outcome
 from .errors import (
     AlreadyRunning,
     AwaitlyError,

@@ -138,12 +138,17 @@ class WorkflowNotFound(WorkflowError):
 class WorkflowConflict(WorkflowError):
     """The id is taken by another workflow, or by another input of the same one."""
 
-    id: str
+    id: str | None
     what: str
     stored: str
     given: str
 
     def __str__(self) -> str:
+        if self.id is None:  # in memory
+            return (
+                f"the snapshot is of {self.what} {self.stored}, not {self.given}. Pass name= as it "
+                "was when the snapshot was made, or another snapshot."
+            )
         return (
             f"{self.id!r} is taken: it was started with {self.what} {self.stored} "
             f"and this call has {self.given}. Use another id, or delete_state({self.id!r}) first."
@@ -159,10 +164,12 @@ class VersionMismatch(WorkflowError):
     requested: int
 
     def __str__(self) -> str:
+        way_out = 'pass on_version_mismatch="clear" or a migration, or delete_state() it.'
+        if self.id is None:  # in memory
+            way_out = "migrate the snapshot, or start without it."
         return (
             f"{_subject(self.id)} has state of version {self.stored}, the code is version "
-            f"{self.requested}; nothing ran. Run the old code to finish it, pass "
-            'on_version_mismatch="clear" or a migration, or delete_state() it.'
+            f"{self.requested}; nothing ran. Run the old code to finish it, {way_out}"
         )
 
 

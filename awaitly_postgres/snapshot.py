@@ -11,10 +11,13 @@ from typing import Any, Literal, cast
 
 from attrs import field, frozen
 
+from . import _json
 from .errors import SnapshotFormatError
 
 FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
+# What the metadata tell of one moment only: each new document writes it anew, or not at all.
+OF_THIS_MOMENT = ("output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt")
 _OBJECT = (dict, Mapping)  # dict first: to ask the abstract class takes longer than all the rest
 
 Status = Literal["running", "completed", "failed"]
@@ -240,6 +243,53 @@ def merge_snapshots(base: WorkflowSnapshot, delta: WorkflowSnapshot) -> Workflow
         warnings=warnings or None,
         extra={**base.extra, **delta.extra},
     )
+
+
+def compose(
+    base: WorkflowSnapshot | None,
+    status: Status,
+    *,
+    steps: Mapping[str, str],
+    last_key: str | None,
+    metadata: Mapping[str, Any],
+    texts: Mapping[str, str],
+) -> str:
+    """Write the document of a run as it stands now.
+
+    Args:
+        base: what the run goes on from; what is not known here survives.
+        status: where the run stands.
+        steps: the JSON text of every step, by key.
+        last_key: the step recorded last.
+        metadata: laid over the base's.
+        texts: further members of the metadata that are JSON text already.
+
+    Returns:
+        The JSON text.
+    """
+    now = timestamp()
+    execution = {"status": status, "lastUpdated": now}
+    if status != "running":
+        execution["completedAt"] = now
+    told = dict((base.metadata if base else None) or {})
+    for name in (*OF_THIS_MOMENT, *texts):
+        told.pop(name, None)
+    told.update(metadata)
+    if last_key is not None:
+        told["lastStepKey"] = last_key
+        if status != "completed":
+            execution["currentStepId"] = last_key
+    members = {
+        "formatVersion": str(FORMAT_VERSION),
+        "steps": _json.join(steps),
+        "execution": _json.encode_own(execution),
+        "metadata": _json.join_to(told, texts),
+    }
+    if base is not None:
+        if base.warnings:
+            members["warnings"] = _json.dumps(base.warnings)
+        members |= {name: _json.dumps(value) for name, value in base.extra.items()}
+    return _json.join(members)
 
 
 def timestamp(moment: datetime | None = None) -> str:

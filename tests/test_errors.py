@@ -33,7 +33,7 @@ EXAMPLES: list[tuple[AwaitlyError, str]] = [
     (errors.WorkflowNotFound("order-1", "checkout"), "Import the module"),
     (errors.WorkflowConflict("order-1", "input", "[1]", "[2]"), "Use another id"),
     (errors.VersionMismatch("order-1", 1, 2), "Run the old code to finish it"),
-    (errors.VersionMismatch(None, 1, 2), "on_version_mismatch"),
+    (errors.VersionMismatch(None, 1, 2), "migrate the snapshot"),
     (errors.WorkflowDrift("order-1", "new", ["a", "b"]), "Restore the old steps"),
     (errors.WorkflowDrift(None, None, [str(n) for n in range(9)]), "Restore the old steps"),
     (errors.DuplicateStepKey("order-1", "k"), "put the loop variable into it"),

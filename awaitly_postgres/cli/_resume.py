@@ -18,7 +18,8 @@ from attrs import define, field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .._printable import printable
-from ..durable.durable import Durable, Outcome
+from ..durable.durable import Durable
+from ..durable.pending import Outcome
 from ..errors import (
     AlreadyRunning,
     LeaseLost,

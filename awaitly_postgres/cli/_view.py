@@ -11,7 +11,7 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from .._printable import printable
-from ..durable.session import is_input
+from ..durable.admission import is_input
 from ..snapshot import WorkflowSnapshot
 from ..store.store import StoreStats
 from ._rows import Row, read_time

@@ -7,14 +7,12 @@ one, and ends with one that stores the output, folds the journal and gives the l
 
 from __future__ import annotations
 
-import functools
-import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
 
-from attrs import define, field, frozen
+from attrs import define, field
 
 from .. import _json
 from .._checks import OnDrift, check_id, check_limit, check_on_drift, check_ttl, moment
@@ -31,22 +29,16 @@ from ..errors import (
 from ..snapshot import timestamp
 from ..store.database import Connection, execute, fetch
 from ..store.lease import DEFAULT_TTL
-from ..store.store import Infos, SnapshotInfo, SnapshotStore, decode_snapshot
+from ..store.store import Infos, SnapshotInfo, SnapshotStore
 from ..workflow.codec import Codec, encode
 from ..workflow.event import OnEvent
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
-from .pending import Queue
-from .session import (
-    Entry,
-    OnVersionMismatch,
-    OpenTransaction,
-    Policy,
-    Session,
-    TouchedMeanwhile,
-    check_untouched,
-    is_input,
-)
+from .admission import Found, TouchedMeanwhile, is_input
+from .pending import Outcome, Queue
+from .registry import Entry, OnVersionMismatch, Registry
+from .session import Policy, Session
+from .transaction import OpenTransaction
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -54,21 +46,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
 _REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # nothing has run
-
-
-@frozen
-class Outcome:
-    """What `Durable.resume_pending` made of one workflow.
-
-    ``status`` is ``"completed"`` with ``result``, ``"failed"`` with ``error``, ``"suspended"``, or
-    ``"skipped"`` when another process has it. ``attempts`` counts its starts so far.
-    """
-
-    id: str
-    status: Literal["completed", "failed", "suspended", "skipped"]
-    result: Any = None
-    error: BaseException | None = None
-    attempts: int = 0
 
 
 @define(eq=False)
@@ -104,7 +81,7 @@ class Durable:
     max_attempts: int | None = field(default=100, kw_only=True)
     metadata: Mapping[str, Any] = field(factory=dict, kw_only=True)
     transaction: OpenTransaction | None = field(default=None, kw_only=True)
-    _workflows: dict[str, Entry] = field(factory=dict, init=False, repr=False)
+    _workflows: Registry = field(factory=Registry, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         check_on_drift(self.on_drift)
@@ -156,15 +133,7 @@ class Durable:
             raise ValueError("on_version_mismatch must be 'error', 'clear' or a function")
 
         def register(fn: F) -> F:
-            entry = Entry(name or name_of(fn), fn, version, on_version_mismatch)
-            known = self._workflows.get(entry.name)
-            # The same place in the source again is a reloaded module.
-            if known is not None and _place(known.fn) != _place(fn):
-                raise ValueError(
-                    f"{_place(known.fn)} is registered as {entry.name!r} already; "
-                    f"give {_place(fn)} another name="
-                )
-            self._workflows[entry.name] = entry
+            self._workflows.add(Entry(name or name_of(fn), fn, version, on_version_mismatch))
             return fn
 
         return register if fn is None else register(fn)
@@ -189,7 +158,7 @@ class Durable:
             NotSerializable: an argument or a result is not JSON; nothing of it was recorded.
             TypeError: ``fn`` does not take these arguments; nothing was stored.
         """
-        session = self._session_for(id, self._entry(fn), args, kwargs)
+        session = self._session_for(id, self._workflows.of(fn), args, kwargs)
         return typing.cast(T, session.start())
 
     def submit(
@@ -217,7 +186,7 @@ class Durable:
             WorkflowNotFound: ``fn`` is not registered, so nothing could resume it.
             TypeError: ``fn`` does not take these arguments.
         """
-        entry = self._entry(fn)
+        entry = self._workflows.of(fn)
         session = self._session_for(id, entry, args, kwargs)
         if entry not in self._workflows.values():
             raise WorkflowNotFound(id, entry.name)
@@ -232,7 +201,8 @@ class Durable:
             WorkflowNotFound: nothing is stored there, or its workflow is not registered.
             and what `run` raises.
         """
-        return self._resumable(id).start()
+        session, found = self._resumable(id)
+        return session.start(found)
 
     def resume_pending(
         self,
@@ -349,20 +319,11 @@ class Durable:
 
     # -- inside ----------------------------------------------------------------------------
 
-    def _entry(self, fn: Callable[..., Any]) -> Entry:
-        if not callable(fn):
-            raise TypeError(f"the workflow must be a function, not {fn!r}")
-        for entry in self._workflows.values():
-            if entry.fn == fn:  # a bound method is another object each time
-                return entry
-        return Entry(name_of(fn), fn)
-
     def _session_for(
         self, id: str, entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Session:
         """Make a session for a call; raise TypeError, as the call itself would, if it is wrong."""
-        if (signature := _signature(entry.fn)) is not None:
-            signature.bind(None, *args, **kwargs)  # None stands for the step
+        entry.check_call(args, kwargs)
         return self._session(id, entry, self._input(args, kwargs))
 
     def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
@@ -380,26 +341,28 @@ class Durable:
         )
         return Session(self.store, policy, id, entry, input)
 
-    def _resumable(self, id: str, seen: datetime | None = None) -> Session:
+    def _resumable(self, id: str, seen: datetime | None = None) -> tuple[Session, Found]:
         """Look ``id`` up: a look costs less than a lease that has to be given back.
 
         With the time at which it was ``seen`` as pending, raise if it no longer is.
         """
         rows = self.store._db.rows(self.store._sql.look, {"id": self.store.key(id)})
-        text, journal, _, owner, until = rows[0] if rows else ("", None, None, None, "")
         if seen is not None:
-            check_untouched(id, rows, seen)
-            if owner is not None:
-                raise AlreadyRunning(id, owner, moment(until))
-        stored = decode_snapshot(id, text, journal) if rows else None
-        metadata = (stored.metadata or {}) if stored else {}
+            if not rows or moment(rows[0][2]) != seen:
+                raise TouchedMeanwhile(id)
+            if rows[0][3] is not None:
+                raise AlreadyRunning(id, rows[0][3], moment(rows[0][4]))
+        if not rows:
+            raise WorkflowNotFound(id)
+        found = Found.of(id, rows[0])
+        metadata = found.snapshot.metadata or {}
         name, input = metadata.get("workflow"), metadata.get("input")
         if not isinstance(name, str) or not is_input(input):
             raise WorkflowNotFound(id)
         entry = self._workflows.get(name)
         if entry is None:
             raise WorkflowNotFound(id, name)
-        return self._session(id, entry, _json.dumps(input))
+        return self._session(id, entry, _json.dumps(input)), found
 
     def _pending(
         self,
@@ -423,8 +386,8 @@ class Durable:
         """Resume ``id`` unless somebody has touched it since it was ``seen``."""
         session: Session | None = None
         try:
-            session = self._resumable(id, seen)
-            result = session.start(unless_touched_since=seen)
+            session, found = self._resumable(id, seen)
+            result = session.start(found, as_it_was=True)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
             end = session and session.end
@@ -438,15 +401,3 @@ class Durable:
                 if isinstance(error, _TAKEN):
                     return Outcome(id, "skipped", None, error, attempts)
             return Outcome(id, "failed", None, error, attempts)
-
-
-@functools.lru_cache(maxsize=256)
-def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
-    try:
-        return inspect.signature(fn)
-    except (TypeError, ValueError):  # something built in that does not tell
-        return None
-
-
-def _place(fn: Callable[..., Any]) -> str:
-    return f"{getattr(fn, '__module__', '?')}.{getattr(fn, '__qualname__', name_of(fn))}"

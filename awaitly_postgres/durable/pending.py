@@ -1,15 +1,37 @@
-"""In which order a worker turns to what is pending, alone and among others."""
+"""When a run is due again, and in which order a worker turns to what is pending."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
-from attrs import define, field
+from attrs import define, field, frozen
 
 from ..store.store import Infos, SnapshotInfo
 
 PAGE = 100  # of a listing
+LONGEST_PAUSE = 3600.0  # seconds
+
+
+def pause_after(attempts: int) -> float:
+    """Return the seconds before a run that was started so often is due again."""
+    return min(2.0 ** min(attempts - 1, 12), LONGEST_PAUSE)
+
+
+@frozen
+class Outcome:
+    """What `Durable.resume_pending` made of one workflow.
+
+    ``status`` is ``"completed"`` with ``result``, ``"failed"`` with ``error``, ``"suspended"``, or
+    ``"skipped"`` when another process has it. ``attempts`` counts its starts so far.
+    """
+
+    id: str
+    status: Literal["completed", "failed", "suspended", "skipped"]
+    result: Any = None
+    error: BaseException | None = None
+    attempts: int = 0
 
 
 @define(eq=False)

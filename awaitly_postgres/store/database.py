@@ -205,15 +205,14 @@ class Database:
                 return bool(status == "committed")
             time.sleep(0.05)
 
-    def transact(
-        self,
-        body: Callable[[Connection], T],
-        opener: Callable[[], AbstractContextManager[Connection]] | None = None,
-    ) -> T:
-        """Run ``body`` in one transaction, once; only opening it is tried again.
+    @contextmanager
+    def transaction(
+        self, opener: Callable[[], AbstractContextManager[Connection]] | None = None
+    ) -> Iterator[Connection]:
+        """Open one transaction, which commits when it closes; only opening it is tried again.
 
-        ``opener`` gives a connection inside a transaction that commits when it closes; by default
-        a pooled one. Errors of ``body`` and of the commit pass through as they are.
+        ``opener`` gives a connection inside a transaction; by default a pooled one. Errors of the
+        block and of the commit pass through as they are.
         """
         backoff = _Backoff(time.monotonic() + self.retry_for)
         while True:
@@ -221,7 +220,8 @@ class Database:
             try:
                 with (opener or self._transaction)() as conn:
                     opened = True
-                    return body(conn)
+                    yield conn
+                return
             except psycopg.Error as error:
                 if opened:
                     raise

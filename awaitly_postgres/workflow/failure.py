@@ -21,10 +21,7 @@ from ..errors import NotSerializable, StepFailed
 
 _MAX_STACK = 8_000  # characters
 _MAX_GROUPS = 10  # of exception groups, one inside the other
-_OURS = {
-    str(Path(__file__).with_name(name))
-    for name in ("step.py", "_run.py", "_session.py", "_db.py", "durable.py", "workflow.py")
-}
+_ROOMS = tuple(str(Path(__file__).parents[1] / room) for room in ("workflow", "store", "durable"))
 
 
 def to_json(error: BaseException, depth: int = 0) -> dict[str, Any]:
@@ -112,7 +109,9 @@ def _fits(value: Any) -> bool:
 
 def _cause(error: BaseException, depth: int = 0) -> dict[str, Any]:
     # The user's frames: ours, between the workflow and its step, tell nobody anything.
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in _OURS]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOMS)
+    ]
     stack = f"Traceback (most recent call last):\n{''.join(traceback.format_list(frames))}"
     with suppress(Exception):  # its own code makes the last lines
         stack += "".join(traceback.format_exception_only(type(error), error))

@@ -10,10 +10,11 @@ from attrs import define, field
 from .. import _json
 from .._checks import OnDrift, check_on_drift
 from ..errors import VersionMismatch, WorkflowConflict, WorkflowDrift, WorkflowSuspended
-from ..snapshot import Status, WorkflowSnapshot, timestamp
+from ..snapshot import Status, WorkflowSnapshot, compose
 from .codec import Codec
 from .event import EventType, OnEvent
-from .run import OF_THIS_MOMENT, Run
+from .history import History
+from .run import Run
 from .step import Step
 
 P = ParamSpec("P")
@@ -59,12 +60,7 @@ class Workflow(Generic[P, T]):
             metadata = self._snapshot.metadata or {}
             stored_name = metadata.get("workflow", self.name)
             if stored_name != self.name:
-                raise WorkflowConflict(
-                    str(metadata.get("workflowId", "the snapshot")),
-                    "workflow",
-                    stored_name,
-                    self.name,
-                )
+                raise WorkflowConflict(None, "workflow", repr(stored_name), repr(self.name))
             stored = stored_version(metadata)
             if stored != self.version:
                 raise VersionMismatch(None, stored, self.version)
@@ -73,7 +69,9 @@ class Workflow(Generic[P, T]):
         """Run the workflow over what is recorded; what it raises is raised."""
         run = Run(self.name, codec=self.codec, on_event=self.on_event, on_drift=self.on_drift)
         if self._snapshot is not None:
-            run.restore(self._snapshot)
+            # As from a store, so that a replayed value is what the step has returned.
+            stored = _json.as_stored(_json.dumps(self._snapshot.to_json()))
+            run.history = History.of(WorkflowSnapshot.from_json(stored))
         try:
             result = run.run(lambda: self.fn(Step(run), *args, **kwargs))
         except BaseException as error:
@@ -125,31 +123,19 @@ class Workflow(Generic[P, T]):
         return "run_stopped"
 
     def _document(self, run: Run, status: Status, *, suspended: bool = False) -> WorkflowSnapshot:
-        base = self._snapshot
-        now = timestamp()
-        document: dict[str, Any] = {
-            "formatVersion": 1,
-            "steps": _json.loads(run.steps_json()),
-            "execution": {"status": status, "lastUpdated": now},
-            "metadata": {
-                **((base.metadata if base else None) or {}),
-                "workflow": self.name,
-                "version": self.version,
-            },
-            **(base.extra if base else {}),
-        }
-        if base and base.warnings:
-            document["warnings"] = base.warnings
-        if status != "running":
-            document["execution"]["completedAt"] = now
-        for of_this_moment in OF_THIS_MOMENT:
-            document["metadata"].pop(of_this_moment, None)
-        document["metadata"].update(run.standing(status, suspended))
-        if run.last_key is not None:
-            document["metadata"]["lastStepKey"] = run.last_key
-            if status != "completed":
-                document["execution"]["currentStepId"] = run.last_key
-        return WorkflowSnapshot.from_json(document)
+        history = run.history
+        metadata = {"workflow": self.name, "version": self.version}
+        if status != "completed":
+            metadata |= history.standing(suspended)
+        text = compose(
+            self._snapshot,
+            status,
+            steps=history.steps,
+            last_key=history.last_key,
+            metadata=metadata,
+            texts={},
+        )
+        return WorkflowSnapshot.from_json(_json.loads(text))
 
 
 def name_of(fn: Callable[..., Any]) -> str:
