@@ -28,6 +28,7 @@ from ..errors import (
 )
 from ..snapshot import WorkflowSnapshot, timestamp
 from ..store import lease as leases
+from ..store import renewal
 from ..store.database import ROLLBACK, Connection, Database, Row, driver_error, execute, fetch
 from ..store.lease import Lease
 from ..store.statements import Statements
@@ -312,7 +313,7 @@ class Session:
         run, lease, codec = self._run, self._held, self.policy.codec
         failure: BaseException | None = None
         self.end = "run_stopped"
-        leases.keep_renewed(lease)
+        renewal.keep_renewed(lease)
         try:
             try:
                 input = _json.as_stored(self.input)
@@ -331,7 +332,7 @@ class Session:
             raise
         finally:
             run.end()
-            leases.stop_renewing(lease)
+            renewal.stop_renewing(lease)
             if os.getpid() == self._pid:
                 run.emit(self.end, error=failure)
         return self._decode_output(_json.as_stored(output))
@@ -632,7 +633,7 @@ class Session:
             return
         lease, self._lease, self._may_have_lease = self._lease, None, False
         if lease is not None:
-            leases.stop_renewing(lease)
+            renewal.stop_renewing(lease)
         params = {"id": self._key, "token": self._token}
         with suppress(AwaitlyError):
             self._db.run(lambda c: execute(c, self._sql.release, params), retry_for=FAREWELL)
