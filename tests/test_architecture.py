@@ -125,10 +125,10 @@ def test_only_durable_joins_the_two() -> None:
             assert used.isdisjoint({*joining, "durable"}), file
 
 
-def test_only_one_module_catches_the_drivers_errors() -> None:
-    """Everywhere else they are ours already."""
+def test_only_the_database_and_its_pool_catch_the_drivers_errors() -> None:
+    """The pool where it gives a connection up; in all other modules they are ours already."""
     catching = {file.stem for file in FILES if names_from_psycopg(file) & caught_names(file)}
-    assert catching == {"database"}
+    assert catching == {"database", "pool"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

@@ -176,7 +176,7 @@ def test_first_use_opens_one_connection(make_store: MakeStore, db: Db) -> None:
     name = secrets.token_hex(8)
     store = make_store(kwargs={"application_name": name})
     Durable(store).resume_pending()
-    opened = store._db._pool.get_stats()
+    opened = store._db.pool.opened().get_stats()
     assert (opened["connections_num"], opened["pool_size"]) == (1, 1)
     query = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
     assert db.execute(query, [name]).fetchone() == (1,)

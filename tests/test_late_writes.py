@@ -46,7 +46,7 @@ def test_a_write_that_its_backend_was_slow_to_do_changes_nothing(
         (pid,) = db.execute(query, (name,)).fetchone()
         stopped.append(pid)
         os.kill(pid, signal.SIGSTOP)
-        conn = next(iter(store._db._pool._pool))
+        conn = next(iter(store._db.pool.opened()._pool))
         descriptor = conn.fileno()
 
         def cut() -> None:

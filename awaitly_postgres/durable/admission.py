@@ -20,6 +20,7 @@ from ..errors import (
 )
 from ..snapshot import WorkflowSnapshot
 from ..store import lease as leases
+from ..store import renewal
 from ..store.database import Database, Row, execute
 from ..store.lease import Lease
 from ..store.statements import Statements
@@ -238,7 +239,7 @@ class Admission:
             return
         lease, self.lease, self._may_have_lease = self.lease, None, False
         if lease is not None:
-            leases.stop_renewing(lease)
+            renewal.stop_renewing(lease)
         params = {"id": self._checkpoints.key, "token": self._checkpoints.token}
         with suppress(AwaitlyError):
             self._db.run(lambda c: execute(c, self._sql.release, params), retry_for=RELEASE_TIMEOUT)

@@ -22,6 +22,7 @@ from ..errors import (
 )
 from ..snapshot import OF_THIS_MOMENT, Status, WorkflowSnapshot, compose
 from ..store import lease as leases
+from ..store import renewal
 from ..store.database import Connection, Database, fetch
 from ..store.statements import Statements
 from ..store.store import SnapshotStore
@@ -161,7 +162,7 @@ class Session:
             raise RuntimeError("nothing runs before the lease is taken")
         failure: BaseException | None = None
         self.end = "run_stopped"
-        leases.keep_renewed(lease)
+        renewal.keep_renewed(lease)
         try:
             try:
                 input = _json.as_stored(self.input)
@@ -180,7 +181,7 @@ class Session:
             raise
         finally:
             run.end()
-            leases.stop_renewing(lease)
+            renewal.stop_renewing(lease)
             if os.getpid() == self._pid:
                 run.emit(self.end, error=failure)
         return self._decode_output(_json.as_stored(output))

@@ -1,120 +1,55 @@
-"""A connection when one is needed, and the only place that catches psycopg's errors.
+"""What runs on a connection: statements, retried through an outage, in tables made on first use.
 
-`Database` runs pieces of work on a pooled connection, or on one of the caller's. On the pool it
-makes the tables first, retries what an outage interrupts, and survives a fork. The caller's
-connection it uses as it is, with cursors of its own, and leaves unchanged.
+`Database` runs pieces of work on a connection of its pool, or on one of the caller's. On the pool
+it makes the tables first and retries what an outage interrupts. The caller's connection it uses as
+it is, and leaves unchanged. Nobody above meets the driver's errors: here they become ours.
 """
 
 from __future__ import annotations
 
-import os
 import random
-import threading
 import time
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from threading import Lock
 from typing import Any, TypeVar
 
 import psycopg
-from attrs import define, field
+from attrs import define
 from psycopg import errors as pg
-from psycopg.conninfo import conninfo_to_dict
-from psycopg.rows import tuple_row
-from psycopg_pool import ConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 from ..errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
+from .connection import Connection, Row, execute, fetch, is_isolated, set_own_level
+from .pool import PATIENCE, Pool
 from .statements import Statements
 
-T = TypeVar("T")
-Connection = psycopg.Connection[Any]
-Row = tuple[Any, ...]
+__all__ = ["ROLLBACK", "Connection", "Database", "Row", "driver_error", "execute", "fetch"]
 
-CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
-_PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
-_SILENCE = 30  # seconds after which a connection that nothing comes through is given up
+T = TypeVar("T")
+
 _DDL_PATIENCE = "5s"  # to wait for others who make the tables
 
 # SQLSTATE classes and codes of what passes by itself: connection lost, transaction rolled back
 # (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
 _TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
 
-_NOT_ISOLATED = ("read committed", "read uncommitted")
-
 ROLLBACK = psycopg.Rollback
 
 _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
-
-
-def fetch(
-    conn: Connection,
-    statement: bytes,
-    params: Mapping[str, Any],
-    *,
-    prepare: bool | None = None,
-    custom_plan: bool = False,
-) -> list[Row]:
-    """Run one statement and return its rows, whatever factories and adapters ``conn`` has.
-
-    For a ``custom_plan`` the statement carries its values in itself: of parameters that are sent
-    beside it the planner sees nothing when it is told to make one plan for all.
-    """
-    if custom_plan:
-        cursor: psycopg.Cursor[Row] = psycopg.ClientCursor(conn, row_factory=tuple_row)
-        cursor.execute(statement, params)
-    else:
-        cursor = psycopg.Cursor(conn, row_factory=tuple_row)
-        cursor.execute(statement, params, prepare=prepare)
-    rows = cursor.fetchall()
-    if any(isinstance(value, bytes) for value in (rows[0] if rows else ())):
-        # An SQL_ASCII database makes no promise about encoding, so psycopg leaves text alone.
-        return [tuple(v.decode() if isinstance(v, bytes) else v for v in row) for row in rows]
-    return rows
-
-
-def execute(
-    conn: Connection, statement: bytes, params: Mapping[str, Any], *, prepare: bool | None = None
-) -> int:
-    """Run one statement and return how many rows it changed."""
-    cursor = psycopg.Cursor(conn, row_factory=tuple_row)
-    cursor.execute(statement, params, prepare=prepare)
-    return cursor.rowcount
 
 
 @define(eq=False)
 class Database:
     """Where one store's statements run.
 
-    Exactly one of ``conninfo`` (or a function that returns it) and ``given`` (a pool of the
-    caller's) is set. ``retry_for`` is in seconds.
+    ``retry_for`` is in seconds.
     """
 
     sql: Statements
-    _conninfo: str | Callable[[], str] | None = field(repr=False)
-    _given: ConnectionPool[Any] | None
+    pool: Pool
     _auto_create: bool
-    _min_size: int
-    _max_size: int
-    _kwargs: Mapping[str, Any] = field(repr=False)
     retry_for: float
-    _pool: ConnectionPool[Any] | None = None
-    _lock: Lock = field(factory=Lock, repr=False)
-    _closed: bool = False
-    _has_worked: bool = False
     _tables_seen: bool = False
-    _inherited: bool = False
-    _finalizer: weakref.finalize[Any, Any] | None = field(default=None, repr=False)
-    # Each connection that is lent, and the thread it is lent to.
-    _lent: weakref.WeakKeyDictionary[Connection, int] = field(
-        factory=weakref.WeakKeyDictionary, repr=False
-    )
-    _isolating: weakref.WeakKeyDictionary[Connection, bool] = field(
-        factory=weakref.WeakKeyDictionary, repr=False
-    )
-
-    def __attrs_post_init__(self) -> None:
-        _databases.add(self)
 
     def run(
         self,
@@ -136,7 +71,8 @@ class Database:
         started, backoff = time.monotonic(), None
         while True:
             try:
-                with self.borrow() as pooled:
+                with self._borrow() as pooled:
+                    self._make_tables_at_first(pooled)
                     return work(pooled)
             except (psycopg.Error, UnicodeEncodeError) as error:
                 if backoff is None:
@@ -149,7 +85,7 @@ class Database:
         backoff = _Backoff(time.monotonic() + self.retry_for)
         while True:
             try:
-                with self.connect() as conn:
+                with self.pool.connect() as conn:
                     return work(conn)
             except psycopg.Error as error:
                 if not _is_transient(error) or not backoff.pause():
@@ -157,6 +93,7 @@ class Database:
 
     def refuse_to_run_here(self) -> None:
         """Raise where a run would outlive what the caller is about to roll back."""
+        self.pool.refuse_to_run_here()
 
     def rows(
         self,
@@ -229,90 +166,26 @@ class Database:
 
     @contextmanager
     def _transaction(self) -> Iterator[Connection]:
-        with self.borrow() as conn, conn.transaction():
-            if (level := _levels.get(conn)) and conn.isolation_level is None:
-                execute(conn, f"SET TRANSACTION ISOLATION LEVEL {level}".encode(), {})
-            yield conn
+        with self._borrow() as conn:
+            self._make_tables_at_first(conn)
+            with conn.transaction():
+                set_own_level(conn)
+                yield conn
+
+    def _borrow(self) -> AbstractContextManager[Connection]:
+        return self.pool.borrow(min(PATIENCE, self.retry_for) or PATIENCE)
 
     def isolates(self, conn: Connection) -> bool:
-        """Tell whether the transaction on ``conn`` sees the rows as they were when it began.
-
-        It follows from how the connection was set up, so it is asked at most once for each.
-        """
-        if conn.isolation_level is not None:
-            return conn.isolation_level > psycopg.IsolationLevel.READ_COMMITTED
-        if (level := _levels.get(conn)) is not None:
-            return bool(level)
-        if conn not in self._isolating:
-            ((level,),) = fetch(conn, b"SELECT current_setting('transaction_isolation')", {})
-            self._isolating[conn] = level not in _NOT_ISOLATED
-        return self._isolating[conn]
-
-    @contextmanager
-    def borrow(self) -> Iterator[Connection]:
-        """Lend a pooled connection in autocommit mode, the tables being there."""
-        pool = self._open()
-        conn = pool.getconn(timeout=min(_PATIENCE, self.retry_for) or _PATIENCE)
-        autocommit = True
-        try:
-            self._has_worked = True
-            self._lent[conn] = threading.get_ident()
-            autocommit = conn.autocommit
-            if not autocommit:
-                conn.autocommit = True
-            if self._given is not None:
-                _set_read_committed(conn)
-            if self._auto_create and not self._tables_seen:
-                self._create_missing(conn)
-                self._tables_seen = True
-            yield conn
-        finally:
-            if not _is_clean(conn):
-                _stop(conn)
-            else:
-                with suppress(psycopg.Error):  # broken
-                    if self._given is not None:
-                        _set_its_own_level(conn)
-                    if not autocommit:
-                        conn.autocommit = False
-            pool.putconn(conn)
-            if self._lent.get(conn) == threading.get_ident():  # not lent to another thread since
-                del self._lent[conn]
+        """Tell whether the transaction on ``conn`` sees the rows as they were when it began."""
+        return is_isolated(conn)
 
     def abandon(self, conn: Connection | None) -> None:
         """Close a connection that an interrupt has kept this thread from giving back."""
-        if conn is not None and self._lent.get(conn) == threading.get_ident():
-            _stop(conn)
-            with suppress(ValueError):  # it is on its way back already
-                self._open().putconn(conn)
-            self._lent.pop(conn, None)
-
-    @contextmanager
-    def connect(self) -> Iterator[Connection]:
-        """Open a connection of its own, for what must not wait for one of the pool."""
-        conn = self.new_connection()
-        try:
-            yield conn
-        finally:
-            conn.close()
+        self.pool.abandon(conn)
 
     def new_connection(self) -> Connection:
         """Connect as the pool does, in autocommit mode."""
-        pool = self._open()
-        conninfo = pool.conninfo() if callable(pool.conninfo) else pool.conninfo
-        kwargs = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
-        settings = {"connect_timeout": CONNECT_TIMEOUT, **(kwargs or {}), "autocommit": True}
-        conn: Connection = psycopg.Connection.connect(conninfo, **settings)
-        try:
-            # What the pool does to its connections, a role or a search path that it sets.
-            if (configure := getattr(pool, "_configure", None)) is not None:
-                configure(conn)
-            conn.autocommit = True
-            _set_read_committed(conn)
-        except BaseException:
-            conn.close()
-            raise
-        return conn
+        return self.pool.new_connection()
 
     def create_tables(self) -> None:
         """Make what is missing of the schema, indexes included."""
@@ -320,77 +193,7 @@ class Database:
 
     def close(self) -> None:
         """Close the pool if it is ours. The database cannot be used afterwards."""
-        with self._lock:
-            self._closed = True
-            finalizer, self._finalizer = self._finalizer, None
-        if finalizer is not None:
-            finalizer()
-
-    def _disconnect_child(self) -> None:
-        """In a forked child, keep the parent's sockets from being written to.
-
-        A step that forks leaves the child inside its transaction, which the child would roll back,
-        on the connection it shares. Its descriptor then leads to nowhere; the parent's is another.
-        """
-        for conn in list(self._lent):
-            with suppress(OSError, psycopg.Error):
-                nowhere = os.open(os.devnull, os.O_RDWR)
-                os.dup2(nowhere, conn.fileno())
-                os.close(nowhere)
-        self._lent = weakref.WeakKeyDictionary()
-
-    # -- opening ---------------------------------------------------------------------------
-
-    def _open(self) -> ConnectionPool[Any]:
-        if self._closed:
-            raise StoreError("this store is closed; make a new one with postgres()")
-        if self._inherited:
-            raise StoreError(
-                f"the store's pool was opened before this process ({os.getpid()}) was forked and "
-                "belongs to its parent; make a pool and a store in the child"
-            )
-        if self._given is not None:
-            return self._given
-        with self._lock:
-            if self._pool is None:
-                self._pool = self._make_pool()
-                # Not a method of self: a finalizer must not keep what it finalizes alive.
-                self._finalizer = weakref.finalize(self, _close_pool, self._pool, os.getpid())
-            return self._pool
-
-    def _make_pool(self) -> ConnectionPool[Any]:
-        conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
-        known = _parse(conninfo or "")
-        defaults = {
-            "connect_timeout": CONNECT_TIMEOUT,
-            "tcp_user_timeout": _SILENCE * 1000,  # ms: a network that swallows everything
-            "keepalives_idle": _SILENCE,
-            "client_encoding": "utf8",
-            "fallback_application_name": "awaitly_postgres",
-        }
-        kwargs = {k: v for k, v in defaults.items() if k not in known}
-        kwargs |= {**self._kwargs, "autocommit": True}
-        home = weakref.ref(self)
-
-        def configure(conn: _PooledConnection) -> None:
-            conn.home = home
-            _set_read_committed(conn)
-            if "prepare_threshold" not in kwargs:
-                _set_up_prepared_statements(conn)
-
-        pool: ConnectionPool[Any] = ConnectionPool(
-            conninfo or "",
-            kwargs=kwargs,
-            connection_class=_PooledConnection,
-            min_size=self._min_size,
-            max_size=self._max_size,
-            open=False,
-            configure=configure,
-            # A short one: the pool doubles its pauses and would sleep through a recovery.
-            reconnect_timeout=_PATIENCE,
-        )
-        pool.open(wait=False)
-        return pool
+        self.pool.close()
 
     # -- trouble ---------------------------------------------------------------------------
 
@@ -418,29 +221,17 @@ class Database:
         if isinstance(error, pg.UndefinedTable) and self._auto_create:
             self._tables_seen = False  # somebody dropped them: look again, as other threads may too
             return True
-        if isinstance(error, PoolTimeout) and not self._has_worked:
-            self._connect_once()
+        if isinstance(error, PoolTimeout) and not self.pool.has_worked:
+            try:
+                self.pool.connect_once()
+            except psycopg.Error as reason:
+                raise self._translate(reason) from reason
             return True
         if not _is_transient(error):
             return False
-        pool = self._given or self._pool
-        if pool is not None and not isinstance(error, PoolTimeout):
-            # One dead connection means that its sisters are dead too: purge them all.
-            with suppress(psycopg.Error):
-                pool.check()
+        if not isinstance(error, PoolTimeout):
+            self.pool.purge()
         return True
-
-    def _connect_once(self) -> None:
-        """Connect without the pool, which hides from its clients why it cannot."""
-        pool = self._given or self._pool
-        if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
-            return
-        _parse(pool.conninfo)
-        kwargs = {"connect_timeout": CONNECT_TIMEOUT, **(pool.kwargs or {})}
-        try:
-            psycopg.connect(pool.conninfo, **kwargs).close()
-        except psycopg.Error as error:
-            raise self._translate(error) from error
 
     def _translate(self, error: Exception) -> AwaitlyError:
         if isinstance(error, UnicodeEncodeError):
@@ -461,18 +252,10 @@ class Database:
         if isinstance(error, PoolClosed):
             return StoreError("the store's pool is closed, or was never opened; open it first")
         if state is None and isinstance(error, psycopg.OperationalError):
-            return StoreUnavailable(f"no connection to PostgreSQL: {self._scrub(detail)}")
+            return StoreUnavailable(f"no connection to PostgreSQL: {self.pool.scrub(detail)}")
         if _is_transient(error):
             return StoreUnavailable(f"PostgreSQL is not available: {detail} (SQLSTATE {state})")
         return StoreError(f"PostgreSQL refused the statement: {detail} (SQLSTATE {state})")
-
-    def _scrub(self, text: str) -> str:
-        pool = self._given or self._pool
-        if pool is not None and isinstance(pool.conninfo, str):
-            with suppress(psycopg.Error):
-                if password := conninfo_to_dict(pool.conninfo).get("password"):
-                    text = text.replace(str(password), "***")
-        return text
 
     def _run_on(self, conn: Connection, work: Callable[[Connection], T]) -> T:
         if not isinstance(conn, psycopg.Connection):
@@ -499,6 +282,12 @@ class Database:
         found = fetch(conn, self.sql.tables_exist, {"tables": list(self.sql.regclasses.values())})
         missing = [name for name, row in zip(names, found, strict=True) if not row[1]]
         return missing, not missing and all(row[2] for row in found)
+
+    def _make_tables_at_first(self, conn: Connection) -> None:
+        # Threads that meet here may all do it: what one has made, the others find.
+        if self._auto_create and not self._tables_seen:
+            self._create_missing(conn)
+            self._tables_seen = True
 
     def _create_missing(self, conn: Connection) -> bool:
         missing, for_good = self._missing(conn)
@@ -552,26 +341,6 @@ class _Backoff:
         return True
 
 
-def _parse(conninfo: str) -> dict[str, Any]:
-    """Take a connection string apart; no error repeats it, and with it the password."""
-    try:
-        known = conninfo_to_dict(conninfo)
-    except psycopg.Error:
-        known = None
-    # Left unescaped, an @ or / of the password makes its rest pass for the host or the port.
-    if (
-        known is None
-        or any(host.find("@") > 0 for host in str(known.get("host", "")).split(","))
-        or not set(str(known.get("port", ""))) <= set("0123456789,")
-    ):
-        raise StoreError(
-            "the connection string is malformed; expected "
-            "'postgresql://user:password@host:port/dbname', special characters of the password "
-            "percent-encoded, or 'host=... dbname=...'"
-        )
-    return known
-
-
 def _is_transient(error: Exception) -> bool:
     if isinstance(error, (PoolTimeout, TooManyRequests)):
         return True
@@ -588,126 +357,3 @@ def driver_error(error: BaseException) -> psycopg.Error | None:
         if isinstance(candidate, psycopg.Error):
             return candidate
     return None
-
-
-def _is_clean(conn: Connection) -> bool:
-    status = conn.pgconn.transaction_status
-    if status == psycopg.pq.TransactionStatus.UNKNOWN:
-        return True  # closed: the pool sees to it
-    nested = getattr(conn, "_num_transactions", 0)
-    return status == psycopg.pq.TransactionStatus.IDLE and not nested
-
-
-def _stop(conn: Connection) -> None:
-    """Close a connection in whose use an exception out of a signal handler has struck.
-
-    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing is
-    stopped first, lest it be done after what follows here.
-    """
-    with suppress(psycopg.Error):
-        conn.cancel_safe(timeout=_PATIENCE)
-    conn.close()
-
-
-class _PooledConnection(psycopg.Connection[Any]):
-    """Finds its way back to the pool.
-
-    An exception out of a signal handler may strike inside the pool, or between its giving a
-    connection and our taking it. Nobody would know of the connection then, and the pool would be
-    smaller by one for good.
-    """
-
-    home: weakref.ref[Database] | None = None
-
-    def __del__(self, *args: Any) -> None:
-        database = self.home and self.home()
-        pool = database and database._pool
-        # One that went back has no ``_pool``, one that the pool has discarded is closed besides.
-        lost = getattr(self, "pgconn", None) and (self._pool is pool or not self.closed)
-        if pool and not pool.closed and lost:
-            self.close()  # nobody knows in which state it is; the pool replaces it
-            self._pool = pool
-            # In another thread: this one may be anywhere, the pool's own locks included.
-            with suppress(RuntimeError):  # at the end of the process
-                threading.Thread(target=pool.putconn, args=(self,), daemon=True).start()
-        else:
-            super().__del__(*args)
-
-
-# The default isolation of a pool's connections: empty up to READ COMMITTED, None behind a pooler.
-_levels: weakref.WeakKeyDictionary[Connection, str | None] = weakref.WeakKeyDictionary()
-
-
-def _set_read_committed(conn: Connection) -> None:
-    """Have our statements run at READ COMMITTED, whatever the server's or the pool's default is.
-
-    They are made for it. As SERIALIZABLE ones, they would besides make long transactions of the
-    user's fail that have only read what happens to be beside. A session behind a pooler, which
-    answers with a process id of its own making, is not ours to change.
-    """
-    if conn not in _levels:
-        rows = fetch(
-            conn,
-            b"SELECT current_setting('default_transaction_isolation') "
-            b"WHERE pg_backend_pid() = %(pid)s",
-            {"pid": conn.info.backend_pid},
-        )
-        level = str(rows[0][0]) if rows else None
-        _levels[conn] = "" if level in _NOT_ISOLATED else level
-    if _levels[conn]:
-        _set_level(conn, "read committed")
-
-
-def _set_its_own_level(conn: Connection) -> None:
-    if level := _levels.get(conn):
-        _set_level(conn, level)
-
-
-def _set_level(conn: Connection, level: str) -> None:
-    statement = b"SELECT set_config('default_transaction_isolation', %(level)s, false)"
-    fetch(conn, statement, {"level": level})
-
-
-def _set_up_prepared_statements(conn: Connection) -> None:
-    """Have statements planned once; behind PgBouncer, have none prepared.
-
-    There the next one to use the server connection would find ours under its names. A pooler
-    answers with a process id of its own making.
-    """
-    direct = fetch(
-        conn,
-        b"SELECT set_config('plan_cache_mode', 'force_generic_plan', false) "
-        b"WHERE pg_backend_pid() = %(pid)s",
-        {"pid": conn.info.backend_pid},
-    )
-    if not direct:
-        conn.prepare_threshold = None
-
-
-# -- fork and exit -------------------------------------------------------------------------
-
-_databases: weakref.WeakSet[Database] = weakref.WeakSet()
-_left_to_the_parent: list[object] = []  # referenced for ever: closing them would reach the parent
-
-
-def _close_pool(pool: ConnectionPool[Any], pid: int) -> None:
-    if os.getpid() == pid:
-        # An attempt to connect may hang; exit must not. The time is for each of three workers.
-        pool.close(timeout=0.5)
-
-
-def _after_fork_in_child() -> None:
-    for database in list(_databases):
-        database._disconnect_child()
-        database._lock = Lock()  # the old one may be held by a thread that is not here
-        _left_to_the_parent.extend([database._pool, database._finalizer])
-        if database._finalizer is not None:
-            database._finalizer.detach()
-        database._pool = database._finalizer = None
-        database._has_worked = False
-        given = database._given
-        database._inherited = database._inherited or (given is not None and not given.closed)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -7,8 +7,9 @@ from typing import Any
 
 from psycopg_pool import ConnectionPool
 
-from .._checks import check_id, check_limit, check_name
+from .._checks import check_id, check_name
 from .database import Database
+from .pool import GivenPool, OwnPool, Pool
 from .statements import compose
 from .store import SnapshotStore
 
@@ -16,7 +17,7 @@ from .store import SnapshotStore
 def postgres(
     url: str | None = None,
     *,
-    pool: ConnectionPool[Any] | None = None,
+    pool: ConnectionPool[Any] | Pool | None = None,
     table: str = "awaitly_snapshots",
     lock_table: str = "awaitly_workflow_lock",
     schema: str | None = None,
@@ -57,12 +58,10 @@ def postgres(
         raise TypeError("give either a url or a pool")
     if url is not None and not isinstance(url, str):
         raise TypeError(f"url must be a string, not {type(url).__name__}")
-    if pool is not None and not isinstance(pool, ConnectionPool):
+    if pool is not None and not isinstance(pool, (ConnectionPool, Pool)):
         raise TypeError(f"pool must be a psycopg_pool.ConnectionPool, not {type(pool).__name__}")
     if prefix:
         check_id(prefix, "prefix")
-    if not 0 <= min_size <= check_limit(max_size, "max_size"):
-        raise ValueError(f"min_size must be between 0 and max_size, not {min_size!r}")
     if retry_for < 0:
         raise ValueError(f"retry_for must not be negative, is {retry_for!r}")
     if lock_table in (table, f"{table}_steps"):
@@ -73,17 +72,12 @@ def postgres(
         None if schema is None else check_name(schema, "schema"),
         journal=journal,
     )
-    database = Database(
-        sql,
-        _start_embedded if url == "embedded" else url,
-        pool,
-        auto_create_table,
-        min_size,
-        max_size,
-        dict(kwargs or {}),
-        float(retry_for),
-    )
-    return SnapshotStore(database, prefix)
+    if isinstance(pool, ConnectionPool):
+        pool = GivenPool(pool)
+    elif pool is None:
+        conninfo = _start_embedded if url == "embedded" else url or ""
+        pool = OwnPool(conninfo, min_size, max_size, dict(kwargs or {}))
+    return SnapshotStore(Database(sql, pool, auto_create_table, float(retry_for)), prefix)
 
 
 def _start_embedded() -> str:

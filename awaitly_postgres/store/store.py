@@ -16,7 +16,7 @@ from .. import _json
 from .._checks import check_id, check_limit, check_status, moment
 from ..errors import AlreadyRunning, AwaitlyError, LeaseLost, NotSerializable, SnapshotFormatError
 from ..snapshot import WorkflowSnapshot
-from . import lease
+from . import lease, renewal
 from .database import Connection, Database, execute, fetch
 from .lease import DEFAULT_TTL, Lease
 from .statements import Statements, filtered, prefix_bounds
@@ -264,17 +264,17 @@ class SnapshotStore:
                 if left <= 0:
                     raise
                 time.sleep(min(left, 0.1))
-        lease.keep_renewed(held)
+        renewal.keep_renewed(held)
         holder = os.getpid()
         try:
             yield held
         except BaseException:
-            lease.stop_renewing(held)
+            renewal.stop_renewing(held)
             if os.getpid() == holder:  # a child forked inside the block leaves it as well
                 with suppress(AwaitlyError):  # what the block has raised matters more
                     held.release()
             raise
-        lease.stop_renewing(held)
+        renewal.stop_renewing(held)
         if os.getpid() == holder:
             held.release()
 

@@ -29,7 +29,8 @@ from django.db import transaction as transactions
 from psycopg.conninfo import make_conninfo
 from psycopg_pool import ConnectionPool
 
-from ...store.database import Connection, Database
+from ...store.database import Connection
+from ...store.pool import OwnPool
 from ...store.postgres import postgres
 from ...store.store import SnapshotStore
 
@@ -54,10 +55,9 @@ def store(using: str = "default", **options: Any) -> SnapshotStore:
     # Django's reason to turn prepared statements off, a pooler in between, is seen at connecting.
     kwargs = {k: v for k, v in wrapper.settings_dict["OPTIONS"].items() if k == "prepare_threshold"}
     kwargs |= options.pop("kwargs", None) or {}
-    made = postgres("", **{"auto_create_table": False, **options, "kwargs": kwargs})
-    given = {str(f.alias): getattr(made._db, f.name) for f in attrs.fields(Database)}
-    given["conninfo"] = lambda: _conninfo(using)
-    return SnapshotStore(_Database(**given, using=using), made.prefix)
+    sizes = {name: options.pop(name) for name in ("min_size", "max_size") if name in options}
+    pool = _DjangoPool(lambda: _conninfo(using), kwargs=kwargs, using=using, **sizes)
+    return postgres(pool=pool, **{"auto_create_table": False, **options})
 
 
 def connection(using: str = "default") -> Connection:
@@ -101,8 +101,8 @@ def atomic(using: str = "default") -> Iterator[Connection]:
 
 
 @attrs.define(eq=False)
-class _Database(Database):
-    """Opens when it is first used, by Django's settings of that moment."""
+class _DjangoPool(OwnPool):
+    """Django's own pool where its settings ask for one, else one by its settings; at first use."""
 
     using: str = attrs.field(kw_only=True)
 
@@ -120,10 +120,11 @@ class _Database(Database):
 
     def _open(self) -> ConnectionPool[Any]:
         pool = getattr(connections[self.using], "pool", None)
-        if pool is not None and not self._inherited:
-            pool.open()
-            self._given = pool
-        return super()._open()
+        if pool is None:
+            return super()._open()
+        pool.open()  # which does nothing but the first time; Django may have made a new one
+        self._pool = pool
+        return self._pool
 
 
 def _conninfo(using: str) -> str:

@@ -1,0 +1,132 @@
+"""One connection: a statement on it, and the settings of its session.
+
+A connection of the caller's pool is used as it is: it may have row factories and adapters of its
+own, and what is changed of its session is changed back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import psycopg
+from psycopg.rows import tuple_row
+
+Connection = psycopg.Connection[Any]
+Row = tuple[Any, ...]
+
+_NOT_ISOLATED = ("read committed", "read uncommitted")
+
+# What the server has told of a session. Both follow from how the connection was set up, so each is
+# asked once; two threads that ask at the same time are told the same.
+# The default isolation of a pool's connections: empty up to READ COMMITTED, None behind a pooler.
+_default_levels: weakref.WeakKeyDictionary[Connection, str | None] = weakref.WeakKeyDictionary()
+# Whether a transaction on a connection of another kind, Django's for example, is isolated.
+_isolated: weakref.WeakKeyDictionary[Connection, bool] = weakref.WeakKeyDictionary()
+
+
+def fetch(
+    conn: Connection,
+    statement: bytes,
+    params: Mapping[str, Any],
+    *,
+    prepare: bool | None = None,
+    custom_plan: bool = False,
+) -> list[Row]:
+    """Run one statement and return its rows, whatever factories and adapters ``conn`` has.
+
+    For a ``custom_plan`` the statement carries its values in itself: of parameters that are sent
+    beside it the planner sees nothing when it is told to make one plan for all.
+    """
+    if custom_plan:
+        cursor: psycopg.Cursor[Row] = psycopg.ClientCursor(conn, row_factory=tuple_row)
+        cursor.execute(statement, params)
+    else:
+        cursor = psycopg.Cursor(conn, row_factory=tuple_row)
+        cursor.execute(statement, params, prepare=prepare)
+    rows = cursor.fetchall()
+    if any(isinstance(value, bytes) for value in (rows[0] if rows else ())):
+        # An SQL_ASCII database makes no promise about encoding, so psycopg leaves text alone.
+        return [tuple(v.decode() if isinstance(v, bytes) else v for v in row) for row in rows]
+    return rows
+
+
+def execute(
+    conn: Connection, statement: bytes, params: Mapping[str, Any], *, prepare: bool | None = None
+) -> int:
+    """Run one statement and return how many rows it changed."""
+    cursor = psycopg.Cursor(conn, row_factory=tuple_row)
+    cursor.execute(statement, params, prepare=prepare)
+    return cursor.rowcount
+
+
+# -- isolation -----------------------------------------------------------------------------
+
+
+def set_read_committed(conn: Connection) -> None:
+    """Have our statements run at READ COMMITTED, whatever the server's or the pool's default is.
+
+    They are made for it. As SERIALIZABLE ones, they would besides make long transactions of the
+    user's fail that have only read what happens to be beside. A session behind a pooler, which
+    answers with a process id of its own making, is not ours to change.
+    """
+    if conn not in _default_levels:
+        rows = fetch(
+            conn,
+            b"SELECT current_setting('default_transaction_isolation') "
+            b"WHERE pg_backend_pid() = %(pid)s",
+            {"pid": conn.info.backend_pid},
+        )
+        level = str(rows[0][0]) if rows else None
+        _default_levels[conn] = "" if level in _NOT_ISOLATED else level
+    if _default_levels[conn]:
+        _set_default_level(conn, "read committed")
+
+
+def set_own_default_level(conn: Connection) -> None:
+    """Undo `set_read_committed`, before a borrowed connection goes back."""
+    if level := _default_levels.get(conn):
+        _set_default_level(conn, level)
+
+
+def set_own_level(conn: Connection) -> None:
+    """Give the user's transaction, which has just begun, the isolation that the user has set up."""
+    if (level := _default_levels.get(conn)) and conn.isolation_level is None:
+        execute(conn, f"SET TRANSACTION ISOLATION LEVEL {level}".encode(), {})
+
+
+def is_isolated(conn: Connection) -> bool:
+    """Tell whether the transaction on ``conn`` sees the rows as they were when it began."""
+    if conn.isolation_level is not None:
+        return conn.isolation_level > psycopg.IsolationLevel.READ_COMMITTED
+    if (level := _default_levels.get(conn)) is not None:
+        return bool(level)
+    if conn not in _isolated:
+        ((level,),) = fetch(conn, b"SELECT current_setting('transaction_isolation')", {})
+        _isolated[conn] = level not in _NOT_ISOLATED
+    return _isolated[conn]
+
+
+def _set_default_level(conn: Connection, level: str) -> None:
+    statement = b"SELECT set_config('default_transaction_isolation', %(level)s, false)"
+    fetch(conn, statement, {"level": level})
+
+
+# -- prepared statements -------------------------------------------------------------------
+
+
+def set_up_prepared_statements(conn: Connection) -> None:
+    """Have statements planned once; behind PgBouncer, have none prepared.
+
+    There the next one to use the server connection would find ours under its names. A pooler
+    answers with a process id of its own making.
+    """
+    direct = fetch(
+        conn,
+        b"SELECT set_config('plan_cache_mode', 'force_generic_plan', false) "
+        b"WHERE pg_backend_pid() = %(pid)s",
+        {"pid": conn.info.backend_pid},
+    )
+    if not direct:
+        conn.prepare_threshold = None

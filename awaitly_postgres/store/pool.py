@@ -1,0 +1,367 @@
+"""Where connections come from: a pool of the caller's, used as it is, or one of our own.
+
+A `Pool` lends connections, and knows which are lent: a fork, or an exception out of a signal
+handler, may strike meanwhile. It lets the driver's errors pass, for `Database` to retry or to
+translate, and catches them only where a connection is given up anyway.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from threading import Lock
+from typing import Any
+
+import psycopg
+from attrs import define, field
+from psycopg.conninfo import conninfo_to_dict
+from psycopg_pool import ConnectionPool
+
+from .._checks import check_limit
+from ..errors import StoreError
+from .connection import (
+    Connection,
+    set_own_default_level,
+    set_read_committed,
+    set_up_prepared_statements,
+)
+
+CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
+PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
+_SILENCE = 30  # seconds after which a connection that nothing comes through is given up
+
+
+@define(eq=False)
+class Pool(ABC):
+    """What lends connections; a subclass says where it has them from."""
+
+    has_worked: bool = field(default=False, init=False)
+    _pool: ConnectionPool[Any] | None = field(default=None, init=False, repr=False)
+    _closed: bool = field(default=False, init=False)
+    _inherited: bool = field(default=False, init=False)
+    # Each connection that is lent, and the thread it is lent to.
+    _lent: weakref.WeakKeyDictionary[Connection, int] = field(
+        factory=weakref.WeakKeyDictionary, init=False, repr=False
+    )
+
+    def __attrs_post_init__(self) -> None:
+        _pools.add(self)
+
+    def opened(self) -> ConnectionPool[Any]:
+        """Return the pool itself, or raise StoreError where it must not be used."""
+        if self._closed:
+            raise StoreError("this store is closed; make a new one with postgres()")
+        if self._inherited:
+            raise StoreError(
+                f"the store's pool was opened before this process ({os.getpid()}) was forked and "
+                "belongs to its parent; make a pool and a store in the child"
+            )
+        return self._open()
+
+    @abstractmethod
+    def _open(self) -> ConnectionPool[Any]: ...
+
+    def refuse_to_run_here(self) -> None:  # noqa: B027 - most lend anywhere
+        """Raise where a run would outlive what the caller is about to roll back."""
+
+    def close(self) -> None:
+        """Lend nothing any more."""
+        self._closed = True
+
+    # -- lending ---------------------------------------------------------------------------
+
+    @contextmanager
+    def borrow(self, timeout: float) -> Iterator[Connection]:
+        """Lend a connection in autocommit mode and at READ COMMITTED, within so many seconds."""
+        pool = self.opened()
+        conn = pool.getconn(timeout=timeout)
+        autocommit = True
+        try:
+            self.has_worked = True
+            self._lent[conn] = threading.get_ident()
+            autocommit = conn.autocommit
+            if not autocommit:
+                conn.autocommit = True
+            if not isinstance(conn, _OwnConnection):  # which is set up like this for good
+                set_read_committed(conn)
+            yield conn
+        finally:
+            if not _is_clean(conn):
+                _stop(conn)
+            else:
+                with suppress(psycopg.Error):  # broken: the pool will see it, too
+                    if not isinstance(conn, _OwnConnection):
+                        set_own_default_level(conn)
+                    if not autocommit:
+                        conn.autocommit = False
+            pool.putconn(conn)
+            # Last: while it is on its way it is still ours, in a forked child too. Another thread
+            # may have been lent it since.
+            if self._lent.get(conn) == threading.get_ident():
+                del self._lent[conn]
+
+    def abandon(self, conn: Connection | None) -> None:
+        """Close a connection that an interrupt has kept this thread from giving back."""
+        if conn is not None and self._lent.get(conn) == threading.get_ident():
+            _stop(conn)
+            with suppress(ValueError):  # it is on its way back already
+                self.opened().putconn(conn)
+            self._lent.pop(conn, None)
+
+    @contextmanager
+    def connect(self) -> Iterator[Connection]:
+        """Open a connection of its own, for what must not wait for one of the pool."""
+        conn = self.new_connection()
+        try:
+            yield conn
+        finally:
+            conn.close()
+
+    def new_connection(self) -> Connection:
+        """Connect as the pool does, in autocommit mode."""
+        pool = self.opened()
+        conninfo = pool.conninfo() if callable(pool.conninfo) else pool.conninfo
+        kwargs = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
+        settings = {"connect_timeout": CONNECT_TIMEOUT, **(kwargs or {}), "autocommit": True}
+        conn: Connection = psycopg.Connection.connect(conninfo, **settings)
+        try:
+            # What the pool does to its connections, a role or a search path that it sets.
+            if (configure := getattr(pool, "_configure", None)) is not None:
+                configure(conn)
+            conn.autocommit = True
+            set_read_committed(conn)
+        except BaseException:
+            conn.close()
+            raise
+        return conn
+
+    # -- trouble ---------------------------------------------------------------------------
+
+    def purge(self) -> None:
+        """Close what is broken: one dead connection means that its sisters are dead too."""
+        if self._pool is not None:
+            with suppress(psycopg.Error):
+                self._pool.check()
+
+    def connect_once(self) -> None:
+        """Connect without the pool, which hides from its clients why it cannot."""
+        pool = self._pool
+        if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
+            return
+        _parse(pool.conninfo)
+        kwargs = {"connect_timeout": CONNECT_TIMEOUT, **(pool.kwargs or {})}
+        psycopg.connect(pool.conninfo, **kwargs).close()
+
+    def scrub(self, text: str) -> str:
+        """Take the password out of what the driver says."""
+        if self._pool is not None and isinstance(self._pool.conninfo, str):
+            with suppress(psycopg.Error):
+                if password := conninfo_to_dict(self._pool.conninfo).get("password"):
+                    text = text.replace(str(password), "***")
+        return text
+
+    # -- fork ------------------------------------------------------------------------------
+
+    def _leave_to_the_parent(self) -> None:
+        """In a forked child, let go of what the parent goes on using."""
+        self._disconnect()
+        self.has_worked = False
+        self._inherited = self._inherited or (self._pool is not None and not self._pool.closed)
+
+    def _disconnect(self) -> None:
+        """Keep the parent's sockets from being written to.
+
+        A step that forks leaves the child inside its transaction, which the child would roll back,
+        on the connection it shares. Its descriptor then leads to nowhere; the parent's is another.
+        """
+        for conn in list(self._lent):
+            with suppress(OSError, psycopg.Error):
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                os.dup2(nowhere, conn.fileno())
+                os.close(nowhere)
+        self._lent = weakref.WeakKeyDictionary()
+
+
+@define(eq=False)
+class GivenPool(Pool):
+    """A pool of the caller's: used as it is, and never closed."""
+
+    _given: ConnectionPool[Any]
+
+    def __attrs_post_init__(self) -> None:
+        self._pool = self._given  # there before its first use, and to a child not its own
+        super().__attrs_post_init__()
+
+    def _open(self) -> ConnectionPool[Any]:
+        return self._given
+
+
+@define(eq=False)
+class OwnPool(Pool):
+    """A pool that is opened when it is first used, and closed at the end.
+
+    ``conninfo`` may be a function, which is then called at first use.
+    """
+
+    _conninfo: str | Callable[[], str] = field(repr=False)
+    _min_size: int = 0
+    _max_size: int = 10
+    _kwargs: Mapping[str, Any] = field(factory=dict, repr=False)
+    _lock: Lock = field(factory=Lock, init=False, repr=False)
+    _finalizer: weakref.finalize[Any, Any] | None = field(default=None, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        if not 0 <= self._min_size <= check_limit(self._max_size, "max_size"):
+            raise ValueError(f"min_size must be between 0 and max_size, not {self._min_size!r}")
+        super().__attrs_post_init__()
+
+    def opened(self) -> ConnectionPool[Any]:
+        """Return the pool, which one of the threads that meet here has made."""
+        with self._lock:  # the question whether it is closed included: none is made after that
+            return super().opened()
+
+    def _open(self) -> ConnectionPool[Any]:
+        if self._pool is None:
+            self._pool = self._make()
+            # Not a method of self: a finalizer must not keep what it finalizes alive.
+            self._finalizer = weakref.finalize(self, _close_pool, self._pool, os.getpid())
+        return self._pool
+
+    def _make(self) -> ConnectionPool[Any]:
+        conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
+        known = _parse(conninfo)
+        defaults = {
+            "connect_timeout": CONNECT_TIMEOUT,
+            "tcp_user_timeout": _SILENCE * 1000,  # ms: a network that swallows everything
+            "keepalives_idle": _SILENCE,
+            "client_encoding": "utf8",
+            "fallback_application_name": "awaitly_postgres",
+        }
+        kwargs = {k: v for k, v in defaults.items() if k not in known}
+        kwargs |= {**self._kwargs, "autocommit": True}
+        home = weakref.ref(self)  # the pool keeps its configuration, and would keep us alive
+
+        def configure(conn: _OwnConnection) -> None:
+            conn.home = home
+            set_read_committed(conn)
+            if "prepare_threshold" not in kwargs:
+                set_up_prepared_statements(conn)
+
+        pool: ConnectionPool[Any] = ConnectionPool(
+            conninfo,
+            kwargs=kwargs,
+            connection_class=_OwnConnection,
+            min_size=self._min_size,
+            max_size=self._max_size,
+            open=False,
+            configure=configure,
+            # A short one: the pool doubles its pauses and would sleep through a recovery.
+            reconnect_timeout=PATIENCE,
+        )
+        pool.open(wait=False)
+        return pool
+
+    def close(self) -> None:
+        """Close the pool, once."""
+        with self._lock:  # another thread may be making it
+            self._closed = True
+            finalizer, self._finalizer = self._finalizer, None
+        if finalizer is not None:
+            finalizer()  # not under the lock: it waits for the pool's threads
+
+    def _leave_to_the_parent(self) -> None:
+        self._lock = Lock()  # the old one may be held by a thread that is not here
+        if self._finalizer is not None:  # the pool is ours, and the child opens its own
+            _left_to_the_parent.extend([self._pool, self._finalizer])
+            self._finalizer.detach()
+            self._pool = self._finalizer = None
+        super()._leave_to_the_parent()
+
+
+class _OwnConnection(psycopg.Connection[Any]):
+    """Finds its way back to the pool.
+
+    An exception out of a signal handler may strike inside the pool, or between its giving a
+    connection and our taking it. Nobody would know of the connection then, and the pool would be
+    smaller by one for good.
+    """
+
+    home: weakref.ref[OwnPool] | None = None
+
+    def __del__(self, *args: Any) -> None:
+        home = self.home and self.home()
+        pool = home and home._pool
+        # One that went back has no ``_pool``, one that the pool has discarded is closed besides.
+        lost = getattr(self, "pgconn", None) and (self._pool is pool or not self.closed)
+        if pool and not pool.closed and lost:
+            self.close()  # nobody knows in which state it is; the pool replaces it
+            self._pool = pool
+            # In another thread: this one may be anywhere, the pool's own locks included.
+            with suppress(RuntimeError):  # at the end of the process
+                threading.Thread(target=pool.putconn, args=(self,), daemon=True).start()
+        else:
+            super().__del__(*args)
+
+
+def _is_clean(conn: Connection) -> bool:
+    status = conn.pgconn.transaction_status
+    if status == psycopg.pq.TransactionStatus.UNKNOWN:
+        return True  # closed: the pool sees to it
+    nested = getattr(conn, "_num_transactions", 0)
+    return status == psycopg.pq.TransactionStatus.IDLE and not nested
+
+
+def _stop(conn: Connection) -> None:
+    """Close a connection in whose use an exception out of a signal handler has struck.
+
+    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing is
+    stopped first, lest it be done after what follows here.
+    """
+    with suppress(psycopg.Error):
+        conn.cancel_safe(timeout=PATIENCE)
+    conn.close()
+
+
+def _parse(conninfo: str) -> dict[str, Any]:
+    """Take a connection string apart; no error repeats it, and with it the password."""
+    try:
+        known = conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        known = None
+    # Left unescaped, an @ or / of the password makes its rest pass for the host or the port.
+    if (
+        known is None
+        or any(host.find("@") > 0 for host in str(known.get("host", "")).split(","))
+        or not set(str(known.get("port", ""))) <= set("0123456789,")
+    ):
+        raise StoreError(
+            "the connection string is malformed; expected "
+            "'postgresql://user:password@host:port/dbname', special characters of the password "
+            "percent-encoded, or 'host=... dbname=...'"
+        )
+    return known
+
+
+# -- fork and exit -------------------------------------------------------------------------
+
+_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+_left_to_the_parent: list[object] = []  # referenced for ever: closing them would reach the parent
+
+
+def _close_pool(pool: ConnectionPool[Any], pid: int) -> None:
+    if os.getpid() == pid:
+        # An attempt to connect may hang; exit must not. The time is for each of three workers.
+        pool.close(timeout=0.5)
+
+
+def _after_fork_in_child() -> None:
+    for pool in list(_pools):
+        pool._leave_to_the_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

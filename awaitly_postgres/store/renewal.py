@@ -1,0 +1,135 @@
+"""The renewal of leases in the background, by one thread for each store.
+
+It works on a connection of its own, for those of the pool may all be in long transactions, and one
+lease that cannot be renewed costs no other its renewal.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+
+from attrs import define, field
+
+from .connection import Connection, fetch
+from .database import Database
+from .lease import Lease
+
+_LINGER = 1.0  # seconds for which the thread waits for another lease before it ends
+
+
+@define(eq=False)
+class _Renewer:
+    """Renews what is kept, every third of its ttl, until `drop` or until nobody holds it.
+
+    The thread starts with the first lease and ends soon after the last.
+    """
+
+    # Weak, both: the thread keeps neither the store nor a lease alive.
+    _db: weakref.ref[Database]
+    _due: weakref.WeakKeyDictionary[Lease, float] = field(factory=weakref.WeakKeyDictionary)
+    _changed: threading.Condition = field(factory=threading.Condition)
+    _thread: threading.Thread | None = None
+    _wakes_at: float = 0.0
+
+    def keep(self, lease: Lease) -> None:
+        with self._changed:
+            due = self._due[lease] = time.monotonic() + lease.ttl / 3
+            if self._thread is None:
+                thread = threading.Thread(
+                    target=self._work, name="awaitly-lease-renewal", daemon=True
+                )
+                thread.start()  # may fail; the next lease then tries again
+                self._thread = thread
+            elif due < self._wakes_at:
+                self._changed.notify()
+
+    def drop(self, lease: Lease) -> None:
+        with self._changed:
+            self._due.pop(lease, None)
+
+    def _work(self) -> None:
+        conn: Connection | None = None
+        try:
+            while (lease := self._next()) is not None:
+                db = self._db()
+                if db is None:
+                    return
+                kept, pause = True, lease.ttl / 10  # so soon again, as long as it has not run out
+                with db.tolerating_outages():
+                    if conn is None or conn.closed:
+                        conn = db.new_connection()
+                    # Without the lock: others may be kept and dropped while the server thinks.
+                    rows = fetch(conn, db.sql.renew, {**lease.params, "ttl": lease.ttl})
+                    kept = lease.renewed(rows)
+                    if rows and rows[0][1] is not None:
+                        pause = lease.ttl / 3
+                with self._changed:
+                    # Dropped meanwhile, it is not put back: its holder has released it, or is
+                    # about to. A renewal that overtakes the release is deleted by it, and one that
+                    # comes after it finds no row.
+                    if kept and lease in self._due:
+                        self._due[lease] = time.monotonic() + pause
+                    else:
+                        self._due.pop(lease, None)
+                del lease, db  # or they would live through the wait
+        finally:
+            if conn is not None:
+                conn.close()
+
+    def _next(self) -> Lease | None:
+        """Wait for the first lease that is due; None when there has been none for a while."""
+        idle = False
+        with self._changed:
+            while True:
+                lease = min(self._due, key=lambda kept: self._due[kept], default=None)
+                if lease is None and idle:
+                    # Under the lock: who keeps a lease after this finds no thread and starts one.
+                    self._thread = None
+                    return None
+                now = time.monotonic()
+                # At most so long, for nobody tells when the last one goes.
+                self._wakes_at = now + _LINGER
+                if lease is not None:
+                    self._wakes_at = min(self._due[lease], self._wakes_at)
+                    if self._wakes_at <= now:
+                        return lease
+                idle = lease is None
+                del lease  # so that one which nobody holds any more goes away meanwhile
+                self._changed.wait(self._wakes_at - now)
+
+
+_renewers: weakref.WeakKeyDictionary[Database, _Renewer] = weakref.WeakKeyDictionary()
+_renewers_lock = threading.Lock()
+
+
+def keep_renewed(lease: Lease) -> None:
+    """Renew ``lease`` in the background until `stop_renewing` or until nobody holds it."""
+    db = lease._db
+    with _renewers_lock:  # of threads that meet here, one makes the store's renewer
+        renewer = _renewers.get(db)
+        if renewer is None:
+            renewer = _renewers[db] = _Renewer(weakref.ref(db))
+    renewer.keep(lease)
+
+
+def stop_renewing(lease: Lease) -> None:
+    """Leave ``lease`` to run out, or to be released; it may have been left already."""
+    if (renewer := _renewers.get(lease._db)) is not None:
+        renewer.drop(lease)
+
+
+def _after_fork_in_child() -> None:
+    global _renewers, _renewers_lock
+    # The parent renews its own, on a connection that the child must not close. The threads are not
+    # here, and one of them may have held the lock.
+    _left_to_the_parent.append(_renewers)
+    _renewers, _renewers_lock = weakref.WeakKeyDictionary(), threading.Lock()
+
+
+_left_to_the_parent: list[object] = []
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
