@@ -11,9 +11,8 @@ from rich.filesize import decimal
 from rich.text import Text
 
 from .._printable import printable
-from ..durable.session import is_input
 from ..snapshot import WorkflowSnapshot
-from ..store.store import StoreStats
+from ..store.rows import StoreStats, is_input
 from ._rows import Row, read_time
 from ._text import Line, age, as_json, ellipsis, fit, out, span
 

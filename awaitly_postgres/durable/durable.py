@@ -31,7 +31,8 @@ from ..errors import (
 from ..snapshot import timestamp
 from ..store.database import Connection, execute, fetch
 from ..store.lease import DEFAULT_TTL
-from ..store.store import Infos, SnapshotInfo, SnapshotStore, decode_snapshot
+from ..store.rows import SnapshotInfo, is_input
+from ..store.store import Infos, SnapshotStore, decode_snapshot
 from ..workflow.codec import Codec, encode
 from ..workflow.event import OnEvent
 from ..workflow.step import Step
@@ -45,7 +46,6 @@ from .session import (
     Session,
     TouchedMeanwhile,
     check_untouched,
-    is_input,
 )
 
 P = ParamSpec("P")
@@ -408,16 +408,13 @@ class Durable:
         workflows: list[str] | None,
         behind: SnapshotInfo | None = None,
     ) -> Infos:
-        params = {
-            **self.store._range(prefix),
-            "behind_time": behind and behind.updated_at.isoformat(),
-            "behind_id": behind and self.store.prefix + behind.id,
-            "limit": check_limit(limit),
-            "max_attempts": self.max_attempts,
-            "workflows": workflows,
-        }
-        # If it saw the values, the planner would expect few rows and sort all that is pending.
-        return self.store._infos(self.store._sql.pending, params, custom_plan=False)
+        return self.store.pending(
+            prefix,
+            workflows=workflows,
+            max_attempts=self.max_attempts,
+            limit=limit,
+            after=behind,
+        )
 
     def _attempt(self, id: str, seen: datetime) -> Outcome:
         """Resume ``id`` unless somebody has touched it since it was ``seen``."""

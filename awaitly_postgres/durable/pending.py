@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 
 from attrs import define, field
 
-from ..store.store import Infos, SnapshotInfo
+from ..store.rows import SnapshotInfo
+from ..store.store import Infos
 
 PAGE = 100  # of a listing
 

@@ -30,6 +30,7 @@ from ..snapshot import WorkflowSnapshot, timestamp
 from ..store import lease as leases
 from ..store.database import ROLLBACK, Connection, Database, Row, driver_error, execute, fetch
 from ..store.lease import Lease
+from ..store.rows import is_input
 from ..store.statements import Statements
 from ..store.store import SnapshotStore, decode_snapshot
 from ..workflow import failure as _failure
@@ -725,16 +726,6 @@ def check_untouched(id: str, rows: list[Row], seen: datetime) -> None:
     """Raise if what was last ``seen`` at that time is gone, or has changed since."""
     if not rows or moment(rows[0][2]) != seen:
         raise TouchedMeanwhile(f"another process has worked on {id!r} just now")
-
-
-def is_input(value: object) -> bool:
-    """Tell whether this is an input as we record it; Node's users record theirs in any shape."""
-    return (
-        isinstance(value, Mapping)
-        and set(value) == {"args", "kwargs"}
-        and isinstance(value["args"], list)
-        and isinstance(value["kwargs"], Mapping)
-    )
 
 
 def _pause_after(attempts: int) -> float:
