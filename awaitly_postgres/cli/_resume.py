@@ -19,13 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .._printable import printable
 from ..durable.durable import Durable, Outcome
-from ..errors import (
-    AlreadyRunning,
-    LeaseLost,
-    StoreUnavailable,
-    WorkflowCancelled,
-    WorkflowSuspended,
-)
+from ..errors import StoreUnavailable, WorkflowSuspended
 from ._text import Line, out, span, write
 
 
@@ -71,7 +65,7 @@ class Worker:
         if not out.is_terminal:
             self._pass(ids, prefix, limit, _print)
             return
-        total = len(ids or durable._pending(prefix, limit, list(durable._workflows)))
+        total = len(ids or durable.list_pending(prefix, limit))
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(TextColumn("resuming"), *columns, console=out, transient=True) as progress:
             task = progress.add_task("", total=total)
@@ -111,7 +105,7 @@ class Worker:
         if not ids:
             self.durable.resume_pending(prefix=prefix, limit=limit, on_progress=report)
         for id in ids:
-            report(_resume(self.durable, id))
+            report(self.durable.try_resume(id))
 
     def _sleep(self, seconds: float) -> None:
         with suppress(KeyboardInterrupt):
@@ -140,19 +134,6 @@ class Worker:
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
-
-
-def _resume(durable: Durable, id: str) -> Outcome:
-    try:
-        return Outcome(id, "completed", durable.resume(id))
-    except StoreUnavailable:
-        raise
-    except WorkflowSuspended as error:
-        return Outcome(id, "suspended", error=error)
-    except (AlreadyRunning, LeaseLost, WorkflowCancelled) as error:
-        return Outcome(id, "skipped", error=error)
-    except Exception as error:
-        return Outcome(id, "failed", error=error)
 
 
 def _line(outcome: Outcome, seconds: float) -> Line:

@@ -58,7 +58,7 @@ _REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # nothing has
 
 @frozen
 class Outcome:
-    """What `Durable.resume_pending` made of one workflow.
+    """What came of resuming one workflow: `Durable.resume_pending`, `Durable.try_resume`.
 
     ``status`` is ``"completed"`` with ``result``, ``"failed"`` with ``error``, ``"suspended"``, or
     ``"skipped"`` when another process has it. ``attempts`` counts its starts so far.
@@ -82,7 +82,7 @@ class Durable:
         on_event: called with an `Event` at every turn; its errors are logged.
         on_complete: ``"delete"`` forgets a run when it completes; its id can then run again.
         on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
-        max_attempts: `resume_pending` leaves alone what has been started so often; None for ever.
+        max_attempts: `resume_pending` skips runs already started this many times; None: never.
         metadata: stored with every run started here.
         transaction: opens the transactions of ``step.transaction``: a context manager that gives a
             psycopg connection and commits when it closes. Default: one of the store's connections.
@@ -233,6 +233,18 @@ class Durable:
             and what `run` raises.
         """
         return self._resumable(id).start()
+
+    def try_resume(self, id: str) -> Outcome:
+        """Resume ``id`` as `resume` does, and return what came of it instead of raising.
+
+        Returns:
+            an `Outcome`: ``"skipped"`` if another process has it or it was cancelled, ``"failed"``
+            with the error if the workflow raised one or could not be started.
+
+        Raises:
+            StoreUnavailable: the database went away.
+        """
+        return self._attempt(id)
 
     def resume_pending(
         self,
@@ -416,8 +428,8 @@ class Durable:
             after=behind,
         )
 
-    def _attempt(self, id: str, seen: datetime) -> Outcome:
-        """Resume ``id`` unless somebody has touched it since it was ``seen``."""
+    def _attempt(self, id: str, seen: datetime | None = None) -> Outcome:
+        """Resume ``id``, unless somebody has touched it since it was ``seen`` as pending."""
         session: Session | None = None
         try:
             session = self._resumable(id, seen)
