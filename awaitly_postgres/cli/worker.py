@@ -17,10 +17,9 @@ import click
 from attrs import define, field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .._printable import printable
-from ..durable.durable import Durable, Outcome
-from ..errors import StoreUnavailable, WorkflowSuspended
-from ._text import Line, out, span, write
+from .. import Durable, Outcome, StoreUnavailable, WorkflowSuspended
+from ..store.rows import printable
+from .text import Line, out, span, write
 
 
 class Stopped(BaseException):
@@ -140,7 +139,7 @@ def _line(outcome: Outcome, seconds: float) -> Line:
     line: Line = [(f"{outcome.status:<9}", outcome.status), (f"  {printable(outcome.id)}", "")]
     line += [(f"  {span(seconds)}", "dim")]
     error = outcome.error
-    if isinstance(error, WorkflowSuspended):
+    if outcome.status == "suspended" and isinstance(error, WorkflowSuspended):
         line += [(f"  in step {error.key!r}", "")]
     elif error is not None:
         line += [(f"  {printable(f'{type(error).__name__}: {error}')}", "")]
