@@ -31,7 +31,8 @@ from .snapshot import (
 )
 from .store.lease import Lease
 from .store.postgres import postgres
-from .store.store import SnapshotInfo, SnapshotStore, StoreStats
+from .store.rows import SnapshotInfo, StoreStats
+from .store.store import SnapshotStore
 from .workflow.codec import Codec
 from .workflow.event import Event
 from .workflow.step import Step

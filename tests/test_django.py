@@ -670,6 +670,31 @@ def test_one_workflow_is_shown_with_all_that_is_stored(shop: SimpleNamespace, ad
     assert gone.status_code == 404
 
 
+def test_of_a_long_run_the_telling_steps_are_shown(shop: SimpleNamespace, admin: Any) -> None:
+    """Of 3,000 steps those at both ends and the failed one, with how many are left out between."""
+    steps: dict[str, Any] = {f"step-{i:04}": {"ok": True, "value": i} for i in range(3000)}
+    steps["step-1500"] = {"ok": False, "error": "NOT_FOUND", "cause": None}
+    execution = {"status": "running", "lastUpdated": "2026-01-01T00:00:00.000Z"}
+    document = {"formatVersion": 1, "steps": steps, "execution": execution}
+    shop.workflows.durable.store.save("long", document)
+    html = admin.get("/admin/awaitly/workflow/long/change/").content.decode()
+    shown = set(re.findall(r'class="key" title="(.*?)"', html))
+    assert {"step-0000", "step-1500", "step-2999"} <= shown
+    assert len(shown) < 60
+    hidden = [int(n) for n in re.findall(r">(\d+) more<", html)]
+    assert sum(hidden) + len(shown) == 3000
+    assert "<p>&quot;NOT_FOUND&quot;</p>" in html
+
+
+def test_an_id_that_is_none_here_has_a_page_all_the_same(shop: SimpleNamespace, admin: Any) -> None:
+    """Others may store ids that are too long for us; a NUL is in none."""
+    shop.db.execute("INSERT INTO awaitly_snapshots VALUES (%s, 'null')", ("x" * 1200,))
+    page = admin.get(f"/admin/awaitly/workflow/{'x' * 1200}/change/")
+    assert page.status_code == 200
+    assert "at most 1,000 fit" in page.content.decode()
+    assert admin.get("/admin/awaitly/workflow/a_00b/change/").status_code == 404
+
+
 def test_the_admin_changes_nothing_and_shows_nothing_to_strangers(
     shop: SimpleNamespace, admin: Any
 ) -> None:

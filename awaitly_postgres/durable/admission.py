@@ -23,6 +23,7 @@ from ..store import lease as leases
 from ..store import renewal
 from ..store.database import Database, Row, execute
 from ..store.lease import Lease
+from ..store.rows import is_input
 from ..store.statements import Statements
 from ..store.store import decode_snapshot
 from ..workflow.workflow import stored_version
@@ -255,16 +256,6 @@ class Admission:
     @property
     def _sql(self) -> Statements:
         return self._checkpoints.db.sql
-
-
-def is_input(value: object) -> bool:
-    """Tell whether this is an input as we record it; Node's users record theirs in any shape."""
-    return (
-        isinstance(value, Mapping)
-        and set(value) == {"args", "kwargs"}
-        and isinstance(value["args"], list)
-        and isinstance(value["kwargs"], Mapping)
-    )
 
 
 def count(value: object) -> int:

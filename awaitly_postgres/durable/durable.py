@@ -29,12 +29,13 @@ from ..errors import (
 from ..snapshot import timestamp
 from ..store.database import Connection, execute, fetch
 from ..store.lease import DEFAULT_TTL
-from ..store.store import Infos, SnapshotInfo, SnapshotStore
+from ..store.rows import SnapshotInfo, is_input
+from ..store.store import Infos, SnapshotStore
 from ..workflow.codec import Codec, encode
 from ..workflow.event import OnEvent
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
-from .admission import Found, TouchedMeanwhile, is_input
+from .admission import Found, TouchedMeanwhile
 from .pending import Outcome, Queue
 from .registry import Entry, OnVersionMismatch, Registry
 from .session import Policy, Session
@@ -59,7 +60,7 @@ class Durable:
         on_event: called with an `Event` at every turn; its errors are logged.
         on_complete: ``"delete"`` forgets a run when it completes; its id can then run again.
         on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
-        max_attempts: `resume_pending` leaves alone what has been started so often; None for ever.
+        max_attempts: `resume_pending` skips runs already started this many times; None: never.
         metadata: stored with every run started here.
         transaction: opens the transactions of ``step.transaction``: a context manager that gives a
             psycopg connection and commits when it closes. Default: one of the store's connections.
@@ -203,6 +204,18 @@ class Durable:
         """
         session, found = self._resumable(id)
         return session.start(found)
+
+    def try_resume(self, id: str) -> Outcome:
+        """Resume ``id`` as `resume` does, and return what came of it instead of raising.
+
+        Returns:
+            an `Outcome`: ``"skipped"`` if another process has it or it was cancelled, ``"failed"``
+            with the error if the workflow raised one or could not be started.
+
+        Raises:
+            StoreUnavailable: the database went away.
+        """
+        return self._attempt(id)
 
     def resume_pending(
         self,
@@ -371,23 +384,20 @@ class Durable:
         workflows: list[str] | None,
         behind: SnapshotInfo | None = None,
     ) -> Infos:
-        params = {
-            **self.store._range(prefix),
-            "behind_time": behind and behind.updated_at.isoformat(),
-            "behind_id": behind and self.store.prefix + behind.id,
-            "limit": check_limit(limit),
-            "max_attempts": self.max_attempts,
-            "workflows": workflows,
-        }
-        # If it saw the values, the planner would expect few rows and sort all that is pending.
-        return self.store._infos(self.store._sql.pending, params, custom_plan=False)
+        return self.store.pending(
+            prefix,
+            workflows=workflows,
+            max_attempts=self.max_attempts,
+            limit=limit,
+            after=behind,
+        )
 
-    def _attempt(self, id: str, seen: datetime) -> Outcome:
-        """Resume ``id`` unless somebody has touched it since it was ``seen``."""
+    def _attempt(self, id: str, seen: datetime | None = None) -> Outcome:
+        """Resume ``id``, unless somebody has touched it since it was ``seen`` as pending."""
         session: Session | None = None
         try:
             session, found = self._resumable(id, seen)
-            result = session.start(found, as_it_was=True)
+            result = session.start(found, as_it_was=seen is not None)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
             end = session and session.end

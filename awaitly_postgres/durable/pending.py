@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from attrs import define, field, frozen
 
-from ..store.store import Infos, SnapshotInfo
+from ..store.rows import SnapshotInfo
+from ..store.store import Infos
 
 PAGE = 100  # of a listing
 LONGEST_PAUSE = 3600.0  # seconds
@@ -21,7 +22,7 @@ def pause_after(attempts: int) -> float:
 
 @frozen
 class Outcome:
-    """What `Durable.resume_pending` made of one workflow.
+    """What came of resuming one workflow: `Durable.resume_pending`, `Durable.try_resume`.
 
     ``status`` is ``"completed"`` with ``result``, ``"failed"`` with ``error``, ``"suspended"``, or
     ``"skipped"`` when another process has it. ``attempts`` counts its starts so far.

@@ -6,11 +6,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timedelta
+from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
-from attrs import define, frozen
+from attrs import define
 
 from .. import _json
 from .._checks import check_id, check_limit, check_status, moment
@@ -19,31 +19,15 @@ from ..snapshot import WorkflowSnapshot
 from . import lease, renewal
 from .database import Connection, Database, execute, fetch
 from .lease import DEFAULT_TTL, Lease
+from .rows import RunRow, SnapshotInfo, StoreStats
 from .statements import Statements, filtered, prefix_bounds
 
 _PAGE = 500
 
 
-@frozen
-class SnapshotInfo:
-    """One line of a listing. ``updated_at`` is aware; between rewrites of a long run it stands."""
-
-    id: str
-    status: str
-    updated_at: datetime
-
-
 Infos = list[SnapshotInfo]  # inside the store, ``list`` is a method
+RunRows = list[RunRow]
 Rows = list[tuple[Any, ...]]
-
-
-@frozen
-class StoreStats:
-    """How much is stored: snapshots in all and by status, and bytes of all tables and indexes."""
-
-    total: int
-    by_status: Mapping[str, int]
-    bytes: int
 
 
 @define(eq=False, repr=False)
@@ -159,6 +143,45 @@ class SnapshotStore:
         while page := self.list(prefix, status=status, limit=_PAGE, after=last):
             yield from page
             last = page[-1]
+
+    def pending(
+        self,
+        prefix: str = "",
+        *,
+        workflows: Iterable[str] | None = None,
+        max_attempts: int | None = None,
+        limit: int = 100,
+        after: SnapshotInfo | None = None,
+    ) -> Infos:
+        """List the unfinished runs that are due and that nobody holds, longest untouched first.
+
+        Args:
+            prefix: only ids that start with exactly this.
+            workflows: only runs of these; None for any.
+            max_attempts: leave out runs already started this many times; None for none.
+            limit: at most so many.
+            after: the last entry of the page before.
+        """
+        params = {
+            **self._range(prefix),
+            "behind_time": after and after.updated_at.isoformat(),
+            "behind_id": after and self.prefix + after.id,
+            "limit": check_limit(limit),
+            "max_attempts": max_attempts,
+            "workflows": None if workflows is None else [*workflows],
+        }
+        # If it saw the values, the planner would expect few rows and sort all that is pending.
+        return self._infos(self._sql.pending, params, custom_plan=False)
+
+    def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunRows:
+        """Tell where these runs stand, in this order, without reading their values.
+
+        What is not stored is left out. An id that could not be stored is none, and no error: a
+        listing shows whatever the table holds.
+        """
+        keys = [self.prefix + id for id in ids]
+        found = {row[0]: row for row in self._db.rows(self._sql.details, {"ids": keys}, conn)}
+        return [RunRow.from_columns(found[k], self.prefix) for k in keys if k in found]
 
     def prune(
         self,
@@ -277,6 +300,14 @@ class SnapshotStore:
         renewal.stop_renewing(held)
         if os.getpid() == holder:
             held.release()
+
+    def revoke_lease(self, id: str, token: str) -> bool:
+        """Take the lease on ``id`` from whoever holds it with ``token``; tell whether it was there.
+
+        For a holder that is known to be dead. One that is alive after all writes nothing more.
+        """
+        params = {"id": self.key(id), "token": token}
+        return bool(self._db.told(lambda conn: execute(conn, self._sql.release, params)))
 
     def close(self) -> None:
         """Close the pool, unless it is the caller's. The store cannot be used afterwards."""

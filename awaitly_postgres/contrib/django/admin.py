@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,16 +19,12 @@ from django.template.response import TemplateResponse
 from django.utils.html import format_html
 from django.utils.timesince import timesince
 
-from ... import _json
-from ..._checks import moment
-from ...errors import SnapshotFormatError
-from ...snapshot import WorkflowSnapshot, as_mapping
-from ...store.database import fetch
-from ...store.postgres import postgres
+from ... import SnapshotFormatError, postgres
+from ...store.rows import RunRow, StepRow, elide, elide_steps, reasons, steps_of
 from . import connection
 from .models import Workflow
 
-_store = postgres("", auto_create_table=False)  # for its statements; it opens nothing itself
+_store = postgres("", auto_create_table=False)  # works on Django's connections; opens none itself
 
 _HELD = (
     "EXISTS (SELECT FROM awaitly_workflow_lock l WHERE l.workflow_id = awaitly_snapshots.id "
@@ -42,87 +38,39 @@ _FILTERS = {
     "failed": f"{_PENDING} AND NOT {_HELD} AND {_STATUS} = 'failed'",
     "completed": f"{_STATUS} = 'completed'",
 }
-_MOST_STEPS = 500
+_MANY = 500  # steps up to which a timeline shows them all
 _MOST_TEXT = 5_000  # characters of one value
-_NEVER = 9999  # the year
-
-
-@frozen
-class Standing:
-    """Where a workflow stands, without its values. ``now`` is the server's time."""
-
-    status: str
-    updated_at: datetime
-    steps: int
-    metadata: Mapping[str, Any]
-    holder: str | None
-    held_until: datetime | None
-    now: datetime
-
-    @property
-    def state(self) -> str:
-        """One word: the stored status, told apart further where nobody is at work."""
-        if self.status == "completed":
-            return "completed"
-        if "cancelledAt" in self.metadata:
-            return "cancelled"
-        if self.holder is not None:
-            return "running"
-        if self.status == "failed":
-            return "failed"
-        if not isinstance(self.metadata.get("workflow"), str):
-            return "saved"  # by hand, or by Node: there is nothing to resume it with
-        if "waits" in self.metadata:
-            return "suspended"
-        return "submitted" if self.metadata.get("attempts") == 0 else "interrupted"
-
-    @property
-    def age(self) -> str:
-        """How long ago it was last written."""
-        return f"{_span(self.updated_at, self.now)} ago"
-
-    @property
-    def lease(self) -> str:
-        """Who holds it, or what is to come."""
-        if self.holder is not None and self.held_until is not None:
-            owner = self.holder.rpartition(":")[0] or self.holder
-            return f"locked by {owner} for {_span(self.now, self.held_until)}"
-        if self.state in ("completed", "cancelled", "saved"):
-            return "free"
-        waits, signals = (as_mapping(self.metadata.get(name)) for name in ("waits", "signals"))
-        due = _time(self.metadata.get("wakeAt")) or self.now
-        if due <= self.now or any(key in signals for key in waits):
-            return "resumable now"
-        if due.year == _NEVER:
-            return f"waits for {', '.join(waits)}"
-        return f"resumable in {_span(self.now, due)}"
 
 
 @frozen
 class Bar:
-    """One step of the timeline; ``left`` and ``width`` are per cent of the whole."""
+    """One step of the timeline; ``left`` and ``width`` are per cent of the whole.
 
-    key: str
-    ok: bool
+    ``hidden`` is how many steps before it are not shown.
+    """
+
+    step: StepRow
     duration: str
     left: str
     width: str
     value: str
-    cause: tuple[str, ...]
+    hidden: int
 
 
 class _List(ChangeList):
-    """Asks for where the workflows of one page stand, in one statement."""
+    """Asks where the workflows of one page stand, in one statement."""
 
     result_list: Any
 
     def get_results(self, request: Any) -> None:
         super().get_results(request)
-        found = _standings([w.id for w in self.result_list], self.root_queryset.db)
+        ids = [workflow.id for workflow in self.result_list]
+        rows = _store.details(ids, conn=connection(self.root_queryset.db))
+        found = {row.id: row for row in rows}
         # What was deleted in between is gone from the page as well.
         self.result_list = [w for w in self.result_list if w.id in found]
         for workflow in self.result_list:
-            workflow.standing = found[workflow.id]
+            workflow.row = found[workflow.id]
 
 
 class _StateFilter(admin.SimpleListFilter):
@@ -176,21 +124,21 @@ class WorkflowAdmin(admin.ModelAdmin):
 
     def workflow(self, obj: Any) -> str:
         """The name of its function."""
-        return str(obj.standing.metadata.get("workflow") or "–")
+        return obj.row.workflow or "–"
 
     def steps(self, obj: Any) -> int:
         """How many are recorded."""
-        return int(obj.standing.steps)
+        return int(obj.row.step_count)
 
     @admin.display(description="written", ordering="updated_at")
     def age(self, obj: Any) -> str:
         """How long ago."""
-        time = f"{obj.standing.updated_at:%Y-%m-%d %H:%M:%S} UTC"
-        return str(format_html('<span title="{}">{}</span>', time, obj.standing.age))
+        time = f"{obj.row.updated_at:%Y-%m-%d %H:%M:%S} UTC"
+        return str(format_html('<span title="{}">{}</span>', time, _age(obj.row)))
 
     def state(self, obj: Any) -> str:
         """One word in its colour, and who works on it or when it can be resumed."""
-        state, lease = obj.standing.state, obj.standing.lease
+        state, lease = _state(obj.row), _lease(obj.row)
         badge = format_html('<span class="awaitly-state {0}">{0}</span>', state)
         return str(badge if lease == "free" else format_html("{} <small>{}</small>", badge, lease))
 
@@ -200,101 +148,93 @@ class WorkflowAdmin(admin.ModelAdmin):
         """Show one workflow as a timeline."""
         if not self.has_view_permission(request):
             raise PermissionDenied
-        id, using = unquote(object_id), self.get_queryset(request).db
-        standing = _standings([id], using).get(id)
+        id, conn = unquote(object_id), connection(self.get_queryset(request).db)
+        rows = [] if "\0" in id else _store.details([id], conn=conn)
         faults: Sequence[str] = ()
         snapshot = None
         try:
-            snapshot = _store.load(id, conn=connection(using))
+            snapshot = _store.load(id, conn=conn) if rows else None
         except SnapshotFormatError as error:
             faults = error.errors
-        if standing is None or (snapshot is None and not faults):
+        except ValueError as error:  # an id that others have made, and that is none here
+            faults = [str(error)]
+        if snapshot is None and not faults:
             raise Http404(f"no workflow is stored as {id!r}")
+        (row,) = rows
         metadata = (snapshot.metadata if snapshot else None) or {}
-        failure = metadata.get("failure") if isinstance(metadata.get("failure"), Mapping) else None
-        bars = list(_timeline(snapshot)) if snapshot else []
+        steps = steps_of(snapshot) if snapshot else []
         context = {
             **self.admin_site.each_context(request),
             "opts": self.model._meta,
             "media": self.media,
             "title": id,
-            "standing": standing,
+            "row": row,
+            "state": _state(row),
+            "age": _age(row),
+            "lease": _lease(row),
             "metadata": metadata,
             "values": [(n, _text(metadata[n])) for n in ("input", "output") if n in metadata],
-            "failure": _causes(failure),
+            "failure": reasons(metadata.get("failure")),
             "faults": faults,
-            "bars": bars,
-            "more": len(snapshot.steps) - len(bars) if snapshot else 0,
+            "bars": list(_timeline(steps)),
             **(extra_context or {}),
         }
         return TemplateResponse(request, "admin/awaitly/workflow/timeline.html", context)
 
 
-def _standings(ids: list[str], using: str) -> dict[str, Standing]:
-    rows = fetch(connection(using), _store._sql.details, {"ids": ids})
-    return {
-        id: Standing(
-            status=status,
-            updated_at=moment(updated_at),
-            steps=steps,
-            metadata=_json.loads(metadata) if metadata else {},
-            holder=holder,
-            held_until=None if holder is None else moment(until),
-            now=moment(now),
-        )
-        for id, status, updated_at, steps, metadata, holder, until, now in rows
-    }
+def _state(row: RunRow) -> str:
+    """Say in one word where it stands, and of what is unfinished where it came from."""
+    if row.state in ("completed", "cancelled", "running"):
+        return row.state
+    if row.status == "failed":
+        return "failed"
+    if row.workflow is None:
+        return "saved"  # by hand, or by Node: there is nothing to resume it with
+    if row.waits_for:
+        return "suspended"
+    return "submitted" if row.metadata.get("attempts") == 0 else "interrupted"
 
 
-def _timeline(snapshot: WorkflowSnapshot) -> Iterator[Bar]:
+def _lease(row: RunRow) -> str:
+    """Say who holds it, or what is to come."""
+    if row.held_until is not None:
+        return f"locked by {row.held_by} for {_span(row.now, row.held_until)}"
+    if _state(row) in ("completed", "cancelled", "saved"):
+        return "free"
+    if row.is_due:
+        return "resumable now"
+    if row.next_at is None:
+        return f"waits for {', '.join(row.waits_for)}"
+    return f"resumable in {_span(row.now, row.next_at)}"
+
+
+def _age(row: RunRow) -> str:
+    return f"{_span(row.updated_at, row.now)} ago"
+
+
+def _timeline(steps: Sequence[StepRow]) -> Iterator[Bar]:
     """Lay the steps out over the time from the first start to the last end."""
-    steps = [(key, step, _times(step.meta)) for key, step in snapshot.steps.items()]
-    steps.sort(key=lambda step: step[2])
-    begin = min((start for _, _, (start, _) in steps if start), default=0.0)
-    whole = max((start + took for _, _, (start, took) in steps), default=0.0) - begin or 1.0
-    for key, step, (start, took) in steps[:_MOST_STEPS]:
-        left = 100 * max(start - begin, 0.0) / whole
+    starts = [step.started_at.timestamp() if step.started_at else None for step in steps]
+    measured = [(at, at + s.seconds) for at, s in zip(starts, steps, strict=True) if at is not None]
+    begin = min((at for at, _ in measured), default=0.0)
+    whole = max((end for _, end in measured), default=0.0) - begin or 1.0
+    last = -1
+    for i in elide_steps(steps, _MANY):
+        step, at = steps[i], starts[i]
+        left = 0.0 if at is None else 100 * (at - begin) / whole
         yield Bar(
-            key=key,
-            ok=step.ok,
-            duration=_duration(took) if start else "",
+            step=step,
+            duration="" if at is None else _duration(step.seconds),
             left=f"{min(left, 99.5):.2f}%",
-            width=f"{min(max(100 * took / whole, 0.5), 100.5 - min(left, 99.5)):.2f}%",
-            value=_text(step.value) if step.ok else _text(step.error),
-            cause=_causes(step.cause),
+            width=f"{min(max(100 * step.seconds / whole, 0.5), 100.5 - min(left, 99.5)):.2f}%",
+            value=_text(step.value),
+            hidden=i - last - 1,
         )
-
-
-def _times(meta: Mapping[str, Any]) -> tuple[float, float]:
-    """Return when a step began and how long it took, in seconds; zeros for Node's steps."""
-    started, took = _time(meta.get("startedAt")), meta.get("durationMs")
-    if started is None or not isinstance(took, (int, float)):
-        return 0.0, 0.0
-    return started.timestamp(), took / 1000
-
-
-def _time(text: object) -> datetime | None:
-    """Read a time of the snapshot format; None for anything else that a row may hold."""
-    try:
-        time = datetime.fromisoformat(str(text).replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return time if time.tzinfo else None
-
-
-def _causes(cause: object) -> tuple[str, ...]:
-    """Tell a failure and what caused it, nearest first."""
-    told = []
-    while isinstance(cause, Mapping):
-        name = cause.get("name") or cause.get("originalType") or "error"
-        told.append(f"{name}: {cause.get('message', cause.get('stringRepresentation', ''))}")
-        cause = cause.get("cause")
-    return tuple(told)
+        last = i
 
 
 def _text(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, indent=2)
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}…"
+    return elide(json.dumps(value, ensure_ascii=False, indent=2), _MOST_TEXT)
 
 
 def _duration(seconds: float) -> str:

@@ -9,7 +9,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.utils.module_loading import import_string
 
 from awaitly_postgres import Durable, Outcome, StoreError
-from awaitly_postgres._printable import printable
+from awaitly_postgres.store.rows import printable
 
 
 class Command(BaseCommand):

@@ -17,17 +17,9 @@ import click
 from attrs import define, field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from .._printable import printable
-from ..durable.durable import Durable
-from ..durable.pending import Outcome
-from ..errors import (
-    AlreadyRunning,
-    LeaseLost,
-    StoreUnavailable,
-    WorkflowCancelled,
-    WorkflowSuspended,
-)
-from ._text import Line, out, span, write
+from .. import Durable, Outcome, StoreUnavailable, WorkflowSuspended
+from ..store.rows import printable
+from .text import Line, out, span, write
 
 
 class Stopped(BaseException):
@@ -72,7 +64,7 @@ class Worker:
         if not out.is_terminal:
             self._pass(ids, prefix, limit, _print)
             return
-        total = len(ids or durable._pending(prefix, limit, list(durable._workflows)))
+        total = len(ids or durable.list_pending(prefix, limit))
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(TextColumn("resuming"), *columns, console=out, transient=True) as progress:
             task = progress.add_task("", total=total)
@@ -112,7 +104,7 @@ class Worker:
         if not ids:
             self.durable.resume_pending(prefix=prefix, limit=limit, on_progress=report)
         for id in ids:
-            report(_resume(self.durable, id))
+            report(self.durable.try_resume(id))
 
     def _sleep(self, seconds: float) -> None:
         with suppress(KeyboardInterrupt):
@@ -143,24 +135,11 @@ class Worker:
                 signal.signal(signum, handler)
 
 
-def _resume(durable: Durable, id: str) -> Outcome:
-    try:
-        return Outcome(id, "completed", durable.resume(id))
-    except StoreUnavailable:
-        raise
-    except WorkflowSuspended as error:
-        return Outcome(id, "suspended", error=error)
-    except (AlreadyRunning, LeaseLost, WorkflowCancelled) as error:
-        return Outcome(id, "skipped", error=error)
-    except Exception as error:
-        return Outcome(id, "failed", error=error)
-
-
 def _line(outcome: Outcome, seconds: float) -> Line:
     line: Line = [(f"{outcome.status:<9}", outcome.status), (f"  {printable(outcome.id)}", "")]
     line += [(f"  {span(seconds)}", "dim")]
     error = outcome.error
-    if isinstance(error, WorkflowSuspended):
+    if outcome.status == "suspended" and isinstance(error, WorkflowSuspended):
         line += [(f"  in step {error.key!r}", "")]
     elif error is not None:
         line += [(f"  {printable(f'{type(error).__name__}: {error}')}", "")]

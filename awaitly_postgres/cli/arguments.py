@@ -1,0 +1,148 @@
+"""What the commands take: where the tables are, which runs, and how to print them."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import click
+from attrs import frozen
+
+from .. import SnapshotStore, StoreError, postgres
+from ..store.rows import STATUSES, RunRow, check_id, printable
+
+
+class WrongInput(click.ClickException):
+    """Nothing was done; what to do otherwise is in the message."""
+
+    exit_code = 2
+
+
+# -- values --------------------------------------------------------------------------------
+
+
+def id_(value: str) -> str:
+    """Take an id, or a step's key."""
+    try:
+        return check_id(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def json_value(value: str) -> tuple[Any]:
+    """Parse JSON; in a tuple, because click takes None for "not given"."""
+    try:
+        return (json.loads(value),)
+    except (ValueError, RecursionError) as error:
+        raise click.BadParameter(
+            f"{value[:60]!r} is not JSON: {error} (a string needs quotes: '\"yes\"')"
+        ) from None
+
+
+def duration(value: str) -> timedelta:
+    """Parse ``30d``, ``1d12h`` and the like."""
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+    parts = re.findall(r"(\d+)([smhdw])", value)
+    if not parts or "".join(map("".join, parts)) != value:
+        raise click.BadParameter(f"{value!r} is not a duration such as 30d, 12h, 1d12h, 90s or 2w")
+    with suppress(OverflowError, ValueError):
+        total = sum((timedelta(**{units[u]: int(n)}) for n, u in parts), timedelta())
+        if total < timedelta(days=365 * 1000):
+            return total
+    raise click.BadParameter(f"{value!r} is too long")
+
+
+# -- where the tables are ------------------------------------------------------------------
+
+_PLACE = (
+    click.option("--url", metavar="URL", help="PostgreSQL URL or conninfo [$DATABASE_URL]"),
+    click.option("--schema", metavar="NAME", help="schema of the tables [the search path]"),
+    click.option("--table", metavar="NAME", help="table of the snapshots [awaitly_snapshots]"),
+    click.option(
+        "--lock-table", metavar="NAME", help="table of the leases [awaitly_workflow_lock]"
+    ),
+    click.option("--no-journal", is_flag=True, help="no <table>_steps exists (journal=False)"),
+)
+
+
+@frozen
+class Place:
+    """Where the tables are, as the options say it."""
+
+    options: dict[str, Any]
+
+    def store(self, prefix: str = "", needs_server: bool = True) -> SnapshotStore:
+        """Make the store; see that its server answers, so that later errors are of other kinds."""
+        options = {name: value for name, value in self.options.items() if value}
+        url = options.pop("url", None) or os.environ.get("DATABASE_URL")
+        if not url and needs_server:
+            raise click.UsageError("no database given: pass --url or set $DATABASE_URL")
+        journal = not options.pop("no_journal", False)
+        try:
+            store = postgres(
+                url or "",
+                prefix=prefix,
+                journal=journal,
+                auto_create_table=False,
+                max_size=2,
+                **options,
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from None
+        if needs_server:
+            ping(store)
+        return click.get_current_context().with_resource(store)
+
+
+def ping(store: SnapshotStore) -> None:
+    """Raise wrong input unless the server answers."""
+    try:
+        store.ping()
+    except StoreError as error:
+        raise WrongInput(printable(str(error), keep="\n\t")) from None
+
+
+def place_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Place`."""
+    for option in reversed(_PLACE):
+        command = option(command)
+    return command
+
+
+def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options of `Place`, and the place as its first argument."""
+
+    @functools.wraps(command)
+    def wrapper(**kwargs: Any) -> None:
+        names = ("url", "schema", "table", "lock_table", "no_journal")
+        command(Place({name: kwargs.pop(name) for name in names}), **kwargs)
+
+    return place_options(wrapper)
+
+
+# -- which runs ----------------------------------------------------------------------------
+
+prefix_option = click.option("--prefix", default="", help="only ids that start with this")
+status_option = click.option("--status", type=click.Choice(STATUSES), help="only with this status")
+json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text")
+
+
+def limit_option(default: int | None) -> Callable[..., Any]:
+    """Make the option ``--limit``."""
+    help = "at most this many" + ("" if default is None else f" [{default}]")
+    return click.option("--limit", metavar="N", type=click.IntRange(1), default=default, help=help)
+
+
+def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunRow]:
+    """Tell where these runs stand; raise wrong input if one of them is not stored."""
+    rows = store.details(ids)
+    found = {row.id for row in rows}
+    if unknown := [id for id in ids if id not in found]:
+        raise WrongInput(f"nothing is stored as {', '.join(map(repr, unknown))}")
+    return rows

@@ -1,0 +1,82 @@
+"""The commands that make the tables and clear them out: init, delete and prune."""
+
+from __future__ import annotations
+
+import functools
+from contextlib import nullcontext
+from datetime import timedelta
+
+import click
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from .. import SchemaMissing
+from ..store.rows import STATUSES
+from .arguments import Place, duration, id_, on_a_store, prefix_option, stored
+from .text import err, out
+
+
+@click.command()
+@on_a_store
+@click.option("--sql", is_flag=True, help="only print the SQL; needs no database")
+def init(place: Place, sql: bool) -> None:
+    """Create the tables and indexes that are missing."""
+    store = place.store(needs_server=not sql)
+    if sql:
+        click.echo(store.ddl(), nl=False)
+        return
+    try:
+        store.create_tables()
+    except SchemaMissing as error:
+        raise click.ClickException(
+            f"{error.message} Have a role that is allowed to run what 'init --sql' prints."
+        ) from None
+    out.print("the tables are there")
+
+
+@click.command()
+@on_a_store
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, type=id_)
+def delete(place: Place, ids: tuple[str, ...]) -> None:
+    """Delete workflows; none if one of the ids is unknown."""
+    store = place.store()
+    stored(store, ids)
+    out.print(f"{store.delete_many(ids):,} deleted")
+
+
+@click.command()
+@on_a_store
+@prefix_option
+@click.option(
+    "--status", type=click.Choice([*STATUSES, "any"]), default="completed", help="[completed]"
+)
+@click.option(
+    "--older-than", metavar="AGE", type=duration, required=True, help="30d, 12h, 1d12h, 2w"
+)
+@click.option("--batch-size", metavar="N", type=click.IntRange(1, 100_000), default=1000)
+@click.option("--dry-run", is_flag=True, help="only count")
+def prune(
+    place: Place, prefix: str, status: str, older_than: timedelta, batch_size: int, dry_run: bool
+) -> None:
+    """Delete what has not changed for AGE, in batches.
+
+    It may be interrupted and run again. Workflows that are running are left alone.
+    """
+    chosen = None if status == "any" else status
+    clear = functools.partial(place.store(prefix).prune, older_than, status=chosen)
+    if dry_run:
+        out.print(f"{clear(dry_run=True):,} would be deleted")
+        return
+    total = clear(dry_run=True) if err.is_terminal else None
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=err, transient=True)
+    task = bar.add_task("", total=total)
+    try:
+        with bar if err.is_terminal else nullcontext():
+            deleted = clear(
+                batch_size=batch_size, on_progress=lambda n: bar.update(task, completed=n)
+            )
+    except KeyboardInterrupt:
+        done = bar.tasks[0].completed
+        click.echo(f"interrupted, {done:,.0f} deleted so far; run it again to continue", err=True)
+        raise
+    out.print(f"{deleted:,} deleted")

@@ -1,0 +1,137 @@
+"""How many workflows look at once: the listing, in text and in JSON, and the numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.cells import cell_len
+from rich.filesize import decimal
+from rich.segment import Segment, Segments
+from rich.table import Table
+from rich.text import Text
+
+from ..store.rows import RunRow, StoreStats, printable
+from .text import STYLES, Line, age, ellipsis, out, segments, span
+
+Cells = Sequence[str]
+
+_HEAD = ("ID", "STATUS", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW")
+_LEASE = _HEAD.index("LEASE")
+_TO_THE_RIGHT = ("AGE", "STEPS")
+_NARROW = 18  # columns that LEASE has at least, if it needs so many
+_GAP = 2  # columns
+
+
+def to_json(row: RunRow) -> dict[str, Any]:
+    """Return what ``--json`` prints of a workflow."""
+    until = row.held_until and row.held_until.isoformat()
+    return {
+        "id": row.id,
+        "status": row.status,
+        "updated_at": row.updated_at.isoformat(),
+        "steps": row.step_count,
+        "workflow": row.workflow,
+        "attempts": row.metadata.get("attempts"),
+        "cancelled": row.state == "cancelled",
+        "wake_at": row.metadata.get("wakeAt"),
+        "lease": row.holder and {"holder": row.holder, "expires_at": until},
+    }
+
+
+def listing(rows: Sequence[RunRow], columns: int | None) -> Segments:
+    """Show one line for each: in a pipe all columns and nothing cut, on a terminal what fits."""
+    table = [_HEAD, *map(_cells, rows)]
+    if columns is None:
+        return segments(_plain(table))
+    return Segments(part for line in _fitted(table, columns) for part in (*line, Segment.line()))
+
+
+def what_next(row: RunRow) -> str:
+    """Say when it is to be resumed; nothing if never, or not before its holder is done."""
+    if row.state == "cancelled":
+        return "cancelled"
+    if row.state in ("completed", "running") or row.workflow is None:
+        return ""
+    if row.is_due:
+        return "due"
+    if row.next_at is None:
+        return f"waits for {', '.join(row.waits_for)}"
+    verb = "retry" if row.status == "failed" else "wakes"
+    return f"{verb} in {span((row.next_at - row.now).total_seconds())}"
+
+
+def _cells(row: RunRow) -> Cells:
+    steps, next = f"{row.step_count}", what_next(row)
+    cells = (row.id, row.status, age(row.age), steps, row.held_by, next, row.workflow)
+    return tuple(printable(cell or "-") for cell in cells)
+
+
+def _plain(table: Sequence[Cells]) -> Iterator[Line]:
+    widths = _widths(table)
+    for cells in table:
+        padded = []
+        for name, text, width in zip(_HEAD, cells, widths, strict=True):
+            pad = " " * (width - cell_len(text))
+            padded.append(pad + text if name in _TO_THE_RIGHT else text + pad)
+        yield [((" " * _GAP).join(padded).rstrip(), "")]
+
+
+def _fitted(table: Sequence[Cells], columns: int) -> Iterator[Sequence[Segment]]:
+    """Lay out a table that fits. An id is never cut, for it is there to be copied: one that is too
+    long for its column has a line of its own.
+    """
+    for narrower in _narrowing(table):
+        _, *others = _widths(narrower)
+        room = columns - sum(others) - _GAP * len(others)
+        if max(cell_len(id) for id, *_ in narrower) <= room:
+            break
+    head, *rows = narrower
+    shown = Table(box=None, pad_edge=False, padding=(0, _GAP, 0, 0), header_style=STYLES["head"])
+    for name in head:
+        to_the_right = name in _TO_THE_RIGHT
+        shown.add_column(name, justify="right" if to_the_right else "left", no_wrap=True)
+    for id, status, *rest in rows:
+        fits = cell_len(id) <= room
+        shown.add_row(id if fits else "", Text(status, STYLES.get(status, "")), *rest)
+    header, *lines = out.render_lines(shown, pad=False)
+    yield header
+    for (id, *_), line in zip(rows, lines, strict=True):
+        if cell_len(id) > room:
+            yield [Segment(id)]
+        yield line
+
+
+def _narrowing(table: Sequence[Cells]) -> Iterator[Sequence[Cells]]:
+    """Leave out WORKFLOW, then put NEXT into LEASE, then cut LEASE: each narrower than the last.
+
+    NEXT and LEASE share a column well: what somebody holds has nothing next.
+    """
+    yield table
+    yield (table := [row[:-1] for row in table])
+    head, *rows = table
+    shared = [(*row[:_LEASE], row[-1] if row[_LEASE] == "-" else row[_LEASE]) for row in rows]
+    yield (table := [(*head[:_LEASE], "LEASE/NEXT"), *shared])
+    yield [(*row[:_LEASE], _end_of(row[_LEASE])) for row in table]
+
+
+def _end_of(text: str) -> str:
+    """Cut ``text`` on its left, for pods of one name differ at its end."""
+    return text if cell_len(text) <= _NARROW else ellipsis() + text[1 - _NARROW :]
+
+
+def _widths(table: Sequence[Cells]) -> list[int]:
+    return [max(map(cell_len, column)) for column in zip(*table, strict=True)]
+
+
+def numbers(stats: StoreStats, oldest: RunRow | None, prefix: str) -> Iterator[Line]:
+    """Show what `SnapshotStore.stats` counts, and what has waited longest."""
+    counts = [("total", stats.total), *sorted(stats.by_status.items())]
+    digits = max(len(f"{count:,}") for _, count in counts)
+    for name, count in counts:
+        yield [(f"{printable(name):<14}  {count:>{digits},}", name)]
+    yield [(f"{'size':<14}  {decimal(stats.bytes)}", "")]
+    waiting = "none"
+    if oldest is not None:
+        waiting = f"{printable(prefix + oldest.id)}, untouched for {age(oldest.age)}"
+    yield [(f"{'oldest pending':<14}  {waiting}", "")]

@@ -1,0 +1,138 @@
+"""The commands that act on runs: resume, signal, cancel and unlock."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from .. import Durable, NotSerializable
+from ..store.rows import printable
+from .arguments import (
+    Place,
+    id_,
+    json_value,
+    limit_option,
+    on_a_store,
+    ping,
+    prefix_option,
+    stored,
+)
+from .text import out, span
+from .worker import Stopped, Worker, import_durable
+
+_ANY = 10**9  # runs
+
+
+@click.command()
+@click.argument("durable", metavar="MODULE:DURABLE", type=import_durable)
+@click.argument("ids", metavar="[ID]...", nargs=-1, type=id_)
+@prefix_option
+@limit_option(None)
+@click.option(
+    "--loop",
+    metavar="SECONDS",
+    type=click.FloatRange(0.1),
+    help="keep going, with a pause this long between passes",
+)
+@click.pass_context
+def resume(
+    ctx: click.Context,
+    /,
+    durable: Durable,
+    ids: tuple[str, ...],
+    prefix: str,
+    limit: int | None,
+    loop: float | None,
+) -> None:
+    """Finish pending workflows, or those given.
+
+    It works with your own Durable and its store: MODULE:DURABLE is imported, the current
+    directory first. Runs already started as many times as its max_attempts are skipped, unless
+    they are given.
+
+    \b
+    Cron:    awaitly-postgres resume shop.workflows:durable
+    Worker:  awaitly-postgres resume shop.workflows:durable --loop 5
+
+    Exits with 1 if any failed. SIGINT and SIGTERM stop it after the current workflow, a second
+    one stops it at once; a worker that is stopped exits with 0.
+    """
+    if ids and (loop or limit or prefix):
+        raise click.UsageError("give either ids, or --prefix, --limit and --loop")
+    ping(durable.store)
+    if ids:
+        stored(durable.store, ids)
+    worker = Worker(durable)
+    try:
+        with worker.listening():
+            if loop:
+                worker.loop(prefix, limit or _ANY, loop)
+            worker.once(ids, prefix, limit or _ANY)
+    except Stopped:
+        ctx.exit(0 if loop else 128 + worker.stopped_by)
+    ctx.exit(1 if worker.counts["failed"] else 0)
+
+
+@click.command()
+@on_a_store
+@click.argument("id", type=id_)
+@click.argument("key", type=id_)
+@click.argument("value", metavar="JSON", type=json_value)
+def signal(place: Place, id: str, key: str, value: tuple[Any]) -> None:
+    """Answer a workflow's step.wait(KEY).
+
+    The next 'resume' picks it up.
+    """
+    store = place.store()
+    try:
+        taken = Durable(store).signal(id, key, *value)
+    except NotSerializable as error:
+        raise click.BadParameter(str(error), param_hint="JSON") from None
+    if not taken:
+        (row,) = stored(store, [id])
+        why = f"already has an answer for {key!r}, or was not started by a Durable"
+        if row.state in ("completed", "cancelled"):
+            why = f"is {row.state}"
+        raise click.ClickException(f"{id!r} {why}")
+    out.print("taken")
+
+
+@click.command()
+@on_a_store
+@click.argument("id", type=id_)
+def cancel(place: Place, id: str) -> None:
+    """End a workflow for good. If it is running, its next step is refused."""
+    store = place.store()
+    if not Durable(store).cancel(id):
+        (row,) = stored(store, [id])
+        raise click.ClickException(f"{id!r} is already {row.state}")
+    out.print("cancelled")
+
+
+@click.command()
+@on_a_store
+@click.argument("id", type=id_)
+@click.option("--yes", is_flag=True, help="do not ask")
+def unlock(place: Place, id: str, yes: bool) -> None:
+    """Take the lease on a workflow away from its holder.
+
+    For a holder that is known to be dead; otherwise leases run out by themselves. One that is
+    alive after all cannot write any more.
+    """
+    store = place.store()
+    (row,) = stored(store, [id])
+    if row.holder is None or row.held_until is None:
+        out.print("nobody holds its lease")
+        return
+    if not yes:
+        left = span((row.held_until - row.now).total_seconds())
+        click.confirm(
+            f"{printable(row.held_by)} holds the lease on {printable(id)} for another {left}. "
+            "Take it away?",
+            abort=True,
+            err=True,
+        )
+    if not store.revoke_lease(id, row.holder):
+        raise click.ClickException("the lease has been released or taken over in the meantime")
+    out.print("unlocked")
