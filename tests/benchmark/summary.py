@@ -1,4 +1,4 @@
-"""What the README says of the benchmark, written from the figures and from nothing else."""
+"""What the page beside this says, written from the figures and from nothing else."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .contenders import TITLES
 BLOCK = re.compile(r"(?<=<!-- benchmark -->\n).*?(?=<!-- /benchmark -->)", re.DOTALL)
 
 
-def into(readme: str, results: dict[str, Any]) -> str:
-    """Put the summary where the README has its place."""
-    return BLOCK.sub(lambda _: markdown(results), readme)
+def into(page: str, results: dict[str, Any]) -> str:
+    """Put the summary where the page has its place."""
+    return BLOCK.sub(lambda _: markdown(results), page)
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -43,7 +43,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             "",
-            "![Milliseconds for each step, and runs a second](tests/benchmark/results.svg)",
+            "![Milliseconds for each step, and runs a second](results.svg)",
             _table(tables["step_cost_300"]["rows"], tables["whole_runs"]["rows"]),
             textwrap.fill(about, 105),
             "\n".join(textwrap.fill(f"- {text}", 105, subsequent_indent="  ") for text in found),
