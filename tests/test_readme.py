@@ -249,6 +249,8 @@ def test_command_exists(command: list[str]) -> None:
     name = Path(program).name
     if name in ("cd", "export"):
         return  # of the shell
+    if name == "pre-commit":
+        return  # installed by the same line
     assert (
         Path(sys.executable).with_name(name).exists()
         or shutil.which(name)
@@ -268,8 +270,33 @@ def test_command_exists(command: list[str]) -> None:
         made = ROOT / "awaitly_postgres/contrib/django/management/commands" / f"{words[1]}.py"
         assert (SHOP / "manage.py").exists()
         assert made.exists()
+    elif words[:1] == ["-m"] and words[1].startswith("tests."):
+        module = ROOT.joinpath(*words[1].split("."), "__main__.py").read_text(encoding="utf-8")
+        assert all(f'"{word}"' in module for word in words if word.startswith("--"))
     elif words and words[0].endswith(".py"):
         assert (ROOT / words[0]).exists() or (ROOT / "examples" / words[0]).exists()
+
+
+def test_pre_commit_runs_the_linters_of_ci() -> None:
+    """What passes the hooks passes `.ci/run`, as far as linters go."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    linters = re.findall(r"^\.venv/bin/(.+)$", (ROOT / ".ci/run").read_text("utf-8"), re.M)
+    assert re.findall(r"entry: \.venv/bin/(.+)$", hooks, re.M) == [
+        linter.removesuffix(" --check") for linter in linters
+    ]
+
+
+def test_the_map_of_the_package_leads_somewhere() -> None:
+    """Each name in "Where to change what" is found where the table says."""
+    page = PAGES[".github/CONTRIBUTING.md"]
+    section = page.partition("\n## Where to change what\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .+? \| (`.+`) \| `(.+)` \|$", section, re.M)
+    assert len(rows) == 7
+    for names, where in rows:
+        place = ROOT / "awaitly_postgres" / where
+        files = [place] if place.is_file() else [*place.rglob("*.py"), *place.rglob("*.sql")]
+        code = "".join(file.read_text(encoding="utf-8") for file in files)
+        assert [name for name in re.findall(r"`(.+?)`", names) if name not in code] == []
 
 
 def example(name: str) -> Any:
