@@ -1,4 +1,8 @@
-"""The README is true: its code runs, its SQL works, its commands and links lead somewhere."""
+"""The documentation is true: its code runs, its SQL works, its commands and links lead somewhere.
+
+Every Markdown file of the project is a page: the README, and the chapters that are kept beside
+what they describe.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +37,24 @@ from awaitly_postgres import (
 from awaitly_postgres.cli import cli
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for folder in ("*", ".github/*", "awaitly_postgres/**/*", "examples/**/*", "tests/**/*")
+    for path in sorted(ROOT.glob(f"{folder}.md"))
+}
+README = PAGES["README.md"]
+DJANGO = "awaitly_postgres/contrib/django/README.md"
+CHAPTERS = (
+    DJANGO,
+    "examples/README.md",
+    "tests/benchmark/README.md",
+    ".github/CONTRIBUTING.md",
+)
 SHOP = ROOT / "examples" / "django_shop"
 
 # What its reader would do with what a section defines: send requests, run pytest.
 AFTERWARDS = {
-    "Django": """
+    DJANGO: """
 from uuid import UUID
 
 tea = Product.objects.create(name="tea", cents=450, stock=3)
@@ -75,25 +91,26 @@ observe(Event("step_failed", "checkout", None, "charge-card", 0.5, ValueError("n
 
 @frozen
 class Block:
-    """A fenced block: its language, its text, the section it is in, and its first line."""
+    """A fenced block: its language and text, and the page, section and line where it begins."""
 
     language: str
     text: str
+    page: str
     section: str
     line: int
 
 
-def fenced_blocks() -> list[Block]:
-    """Return every fenced block in order."""
+def fenced_blocks(page: str) -> list[Block]:
+    """Return every fenced block of a page in order."""
     blocks = []
-    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S):
-        headings = re.findall(r"^## (.+)$", README[: match.start()], re.M)
-        line = README.count("\n", 0, match.start(2)) + 1
-        blocks.append(Block(match[1], match[2], headings[-1] if headings else "top", line))
+    for match in re.finditer(r"^```(\w*)\n(.*?)^```$", PAGES[page], re.M | re.S):
+        headings = re.findall(r"^## (.+)$", PAGES[page][: match.start()], re.M)
+        line = PAGES[page].count("\n", 0, match.start(2)) + 1
+        blocks.append(Block(match[1], match[2], page, headings[-1] if headings else "top", line))
     return blocks
 
 
-BLOCKS = fenced_blocks()
+BLOCKS = [block for page in PAGES for block in fenced_blocks(page)]
 
 
 def blocks_in(language: str) -> list[Block]:
@@ -102,7 +119,7 @@ def blocks_in(language: str) -> list[Block]:
 
 
 def commands() -> list[list[str]]:
-    """Return the words of every command that the README tells its reader to type."""
+    """Return the words of every command that a page tells its reader to type."""
     text = "".join(block.text for block in blocks_in("console"))
     lines = re.findall(r"^\$ (.+)$", text, re.M)
     assert len(lines) == len(text.splitlines()), "a console block has more than commands in it"
@@ -114,19 +131,21 @@ def commands() -> list[list[str]]:
 
 def test_every_block_is_of_a_kind_that_is_tested() -> None:
     """No block escapes the tests below by its language."""
-    assert README.count("```") == 2 * len(BLOCKS)
+    assert "".join(PAGES.values()).count("```") == 2 * len(BLOCKS)
     assert {b.language for b in BLOCKS} == {"python", "sql", "json", "console", "crontab", "text"}
 
 
-@pytest.mark.parametrize("section", dict.fromkeys(b.section for b in blocks_in("python")))
-def test_python_runs(section: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
+SECTIONS = dict.fromkeys((b.page, b.section) for b in blocks_in("python") if b.page != DJANGO)
+
+
+@pytest.mark.parametrize(("page", "section"), SECTIONS)
+def test_python_runs(page: str, section: str, url: str, caplog: pytest.LogCaptureFixture) -> None:
     """The blocks of a section run in order, and each ``expression  # -> value`` is so."""
-    if section == "Django":
-        run_in_the_shop(source(section, url), url)
-        return
+    blocks = [b for b in blocks_in("python") if (b.page, b.section) == (page, section)]
+    code = source(blocks, url) + AFTERWARDS.get(section, "")
     namespace: dict[str, Any] = {"__name__": "readme", "is_": is_}
     try:
-        exec(compile(source(section, url), "README.md", "exec", dont_inherit=True), namespace)  # noqa: S102
+        exec(compile(code, page, "exec", dont_inherit=True), namespace)  # noqa: S102
     finally:
         for value in namespace.values():
             if isinstance(value, SnapshotStore):
@@ -135,19 +154,23 @@ def test_python_runs(section: str, url: str, caplog: pytest.LogCaptureFixture) -
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def source(section: str, url: str) -> str:
-    """Return the Python of a section, each line where it is in the README."""
+def test_the_django_page_runs_in_the_shop(url: str) -> None:
+    """Its blocks run in order as a module of the Django example, whose models they import."""
+    blocks = [block for block in blocks_in("python") if block.page == DJANGO]
+    run_in_the_shop(source(blocks, url) + AFTERWARDS[DJANGO], url)
+
+
+def source(blocks: list[Block], url: str) -> str:
+    """Return the Python of blocks of one page, each line where it is on the page."""
     code = ""
-    for block in blocks_in("python"):
-        if block.section == section:
-            code += "\n" * (block.line - 1 - code.count("\n")) + block.text
+    for block in blocks:
+        code += "\n" * (block.line - 1 - code.count("\n")) + block.text
     code = re.sub(r'"(postgresql://[^"]*|embedded)"', lambda _: repr(url), code)
-    code = re.sub(r"^( *)(\S.*?)  # -> (.+)$", r"\1is_(\2, \3)", code, flags=re.M)
-    return code + AFTERWARDS.get(section, "")
+    return re.sub(r"^( *)(\S.*?)  # -> (.+)$", r"\1is_(\2, \3)", code, flags=re.M)
 
 
 def run_in_the_shop(code: str, url: str) -> None:
-    """Run code as a module of the Django example, whose models it imports."""
+    """Run code as a module of the Django example, in a process of its own."""
     wanted = DatabaseFeatures.minimum_database_version[0]
     with psycopg.connect(url) as conn:
         if conn.info.server_version < wanted * 10_000:
@@ -226,6 +249,8 @@ def test_command_exists(command: list[str]) -> None:
     name = Path(program).name
     if name in ("cd", "export"):
         return  # of the shell
+    if name == "pre-commit":
+        return  # installed by the same line
     assert (
         Path(sys.executable).with_name(name).exists()
         or shutil.which(name)
@@ -245,8 +270,33 @@ def test_command_exists(command: list[str]) -> None:
         made = ROOT / "awaitly_postgres/contrib/django/management/commands" / f"{words[1]}.py"
         assert (SHOP / "manage.py").exists()
         assert made.exists()
+    elif words[:1] == ["-m"] and words[1].startswith("tests."):
+        module = ROOT.joinpath(*words[1].split("."), "__main__.py").read_text(encoding="utf-8")
+        assert all(f'"{word}"' in module for word in words if word.startswith("--"))
     elif words and words[0].endswith(".py"):
         assert (ROOT / words[0]).exists() or (ROOT / "examples" / words[0]).exists()
+
+
+def test_pre_commit_runs_the_linters_of_ci() -> None:
+    """What passes the hooks passes `.ci/run`, as far as linters go."""
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    linters = re.findall(r"^\.venv/bin/(.+)$", (ROOT / ".ci/run").read_text("utf-8"), re.M)
+    assert re.findall(r"entry: \.venv/bin/(.+)$", hooks, re.M) == [
+        linter.removesuffix(" --check") for linter in linters
+    ]
+
+
+def test_the_map_of_the_package_leads_somewhere() -> None:
+    """Each name in "Where to change what" is found where the table says."""
+    page = PAGES[".github/CONTRIBUTING.md"]
+    section = page.partition("\n## Where to change what\n")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| .+? \| (`.+`) \| `(.+)` \|$", section, re.M)
+    assert len(rows) == 7
+    for names, where in rows:
+        place = ROOT / "awaitly_postgres" / where
+        files = [place] if place.is_file() else [*place.rglob("*.py"), *place.rglob("*.sql")]
+        code = "".join(file.read_text(encoding="utf-8") for file in files)
+        assert [name for name in re.findall(r"`(.+?)`", names) if name not in code] == []
 
 
 def example(name: str) -> Any:
@@ -289,14 +339,28 @@ def test_output_on_the_page_is_what_is_printed(durable: Durable, url: str) -> No
 
 
 def test_links_lead_somewhere() -> None:
-    """Links are to headings of this page or to files of this project."""
-    headings = re.findall(r"^#+ (.+)$", README, re.M)
-    anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        else:
-            assert (ROOT / target).exists(), target
+    """Links are to files of this project, to headings in them, or to the web."""
+    for page, text in PAGES.items():
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("https://"):
+                continue
+            file, _, anchor = target.partition("#")
+            found = (ROOT / page).parent.joinpath(file).resolve() if file else ROOT / page
+            assert found.exists(), f"{page}: {target}"
+            if anchor:
+                assert anchor in anchors(PAGES[found.relative_to(ROOT).as_posix()]), target
+
+
+def anchors(text: str) -> set[str]:
+    """Return what the headings of a page are linked by."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_readme_leads_to_the_chapters(chapter: str) -> None:
+    """Whoever reads the README alone finds every chapter that is kept elsewhere."""
+    assert f"]({chapter}" in README
 
 
 def test_errors_table_is_the_tree() -> None:

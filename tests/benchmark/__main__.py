@@ -6,7 +6,7 @@ Starts a PostgreSQL of its own with fsync on, and installs the others in an envi
 own; both are gone afterwards. Everything is measured side by side in one run, in rounds; each
 figure is the median of the rounds, with the lowest and highest in brackets. The whole of it takes
 about half an hour, means something on a machine that does nothing else, and is written into
-``results.json``, ``results.svg`` and the README.
+``results.json``, ``results.svg`` and ``README.md`` beside this file, and into the project's README.
 """
 
 from __future__ import annotations
@@ -60,9 +60,13 @@ def main() -> None:
 def write(results: dict[str, Any]) -> None:
     (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     picture.draw(results, HERE / "results.svg")
-    readme = HERE.parents[1] / "README.md"
-    readme.write_text(summary.into(readme.read_text(), results))
-    print(summary.markdown(results))
+    tables = summary.markdown(results)
+    for page, text in (
+        (HERE / "README.md", tables),
+        (HERE.parents[1] / "README.md", summary.headline(results)),
+    ):
+        page.write_text(summary.into(page.read_text(), text))
+    print(tables)
 
 
 def measured(url: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the README says of the benchmark, written from the figures and from nothing else."""
+"""What README.md beside this, and the project's, say of the figures: written from nothing else."""
 
 from __future__ import annotations
 
@@ -11,18 +11,39 @@ from .contenders import TITLES
 BLOCK = re.compile(r"(?<=<!-- benchmark -->\n).*?(?=<!-- /benchmark -->)", re.DOTALL)
 
 
-def into(readme: str, results: dict[str, Any]) -> str:
-    """Put the summary where the README has its place."""
-    return BLOCK.sub(lambda _: markdown(results), readme)
+def into(page: str, summary: str) -> str:
+    """Put a summary where the page has its place."""
+    return BLOCK.sub(lambda _: summary, page)
+
+
+def headline(results: dict[str, Any]) -> str:
+    """What a step costs, beside the others."""
+    costs = {
+        (row["contender"], row["steps"]): f"{row['µs of the run']['median'] / 1000:.2f} ms"
+        for row in results["tables"]["step_cost_300"]["rows"]
+    }
+
+    def both(title: str) -> str:
+        return f"{costs[title, '10']} and {costs[title, '10,000']}"
+
+    text = (
+        f"In runs of 10 and of 10,000 steps, a step with a result of 300 bytes costs "
+        f"{both('awaitly-postgres')}. On the same server, a prepared INSERT with its commit costs "
+        f"{both('bare INSERT')}, a step in DBOS {both('DBOS')}, and one in LangGraph "
+        f"{both('LangGraph')}."
+    )
+    picture = "![Milliseconds per step, and runs per second](tests/benchmark/results.svg)"
+    return f"\n{textwrap.fill(text, 115)}\n\n{picture}\n\n"
 
 
 def markdown(results: dict[str, Any]) -> str:
     tables, machine = results["tables"], results["machine"]
     start, contention = tables["start_up"], tables["contention"]
     about = (
-        "Whole runs with results of 300 bytes, divided by their steps; and runs of 10 steps in a "
-        f"second. Medians of {results['rounds']} rounds on {machine['machine']}, Python "
-        f"{machine['Python']}, PostgreSQL {machine['PostgreSQL']}. {' '.join(results['peers'])}"
+        "A step costs the time of a whole run divided by its steps, each with a result of 300 "
+        "bytes. Runs/s counts completed runs of 10 steps. Medians of "
+        f"{results['rounds']} rounds on {machine['machine']}, Python {machine['Python']}, "
+        f"PostgreSQL {machine['PostgreSQL']}. {' '.join(results['peers'])}"
     )
     pending = _row(tables["scale"], "list_pending")
     few, many = [_ms(figure) for name, figure in pending.items() if "ms" in name]
@@ -30,23 +51,23 @@ def markdown(results: dict[str, Any]) -> str:
     runs = _row(contention, "runs/s")
     wasted = _row(contention, "acquisitions wasted, %")["16 processes"]["median"]
     found = [
-        f"`list_pending` takes {few} among 10,000 snapshots, {many} among 1,000,000.",
+        f"`list_pending` takes {few} among 10,000 snapshots and {many} among 1,000,000.",
         "A cron job with nothing to do takes "
-        f"{_ms(_row(start, 'cron, nothing to do')['ms'])} from start to end; psycopg alone, "
-        f"with one SELECT, {_ms(_row(start, 'psycopg, one SELECT')['ms'])}.",
-        f"A run of 10,000 steps is resumed in {_ms(resume['ms'])}, the start of Python included, "
-        f"with {resume['peak memory, MB']['median']:.0f} MB at most.",
-        f"16 processes that empty one queue do {runs['16 processes']['median']:.0f} runs of one "
-        f"step a second, one alone {runs['1 process']['median']:.0f}; {wasted:.0f} % of their "
-        "tries find that another was faster.",
+        f"{_ms(_row(start, 'cron, nothing to do')['ms'])} from start to exit; psycopg alone, "
+        f"with one SELECT, takes {_ms(_row(start, 'psycopg, one SELECT')['ms'])}.",
+        f"Resuming a run of 10,000 steps takes {_ms(resume['ms'])}, including the start of "
+        f"Python, and at most {resume['peak memory, MB']['median']:.0f} MB.",
+        f"16 processes that empty one queue complete {runs['16 processes']['median']:.0f} runs of "
+        f"one step per second, and a single process {runs['1 process']['median']:.0f}. "
+        f"{wasted:.0f} % of their attempts find that another process got there first.",
     ]
     return "\n\n".join(
         [
             "",
-            "![Milliseconds for each step, and runs a second](tests/benchmark/results.svg)",
+            "![Milliseconds per step, and runs per second](results.svg)",
             _table(tables["step_cost_300"]["rows"], tables["whole_runs"]["rows"]),
-            textwrap.fill(about, 105),
-            "\n".join(textwrap.fill(f"- {text}", 105, subsequent_indent="  ") for text in found),
+            textwrap.fill(about, 115),
+            "\n".join(textwrap.fill(f"- {text}", 115, subsequent_indent="  ") for text in found),
             "",
         ]
     )
@@ -56,7 +77,7 @@ def _table(steps: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     counts = list(dict.fromkeys(row["steps"] for row in steps))
     modes = list(dict.fromkeys(row["by"] for row in runs))
     lines = [
-        ["ms a step, in runs of", *counts, "round trips", *(f"runs/s, {mode}" for mode in modes)],
+        ["ms per step, in runs of", *counts, "round trips", *(f"runs/s, {mode}" for mode in modes)],
         ["---", *["--:"] * (len(counts) + 1 + len(modes))],
     ]
     for title in TITLES.values():
