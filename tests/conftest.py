@@ -13,13 +13,16 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import Durable, SnapshotStore, embedded, postgres
+from tests.support import Proxy
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -127,3 +130,27 @@ def db(url: str) -> Iterator[psycopg.Connection]:
     """A plain connection to look at what is stored."""
     with psycopg.connect(url, autocommit=True) as conn:
         yield conn
+
+
+@pytest.fixture
+def proxy(url: str) -> Iterator[Proxy]:
+    proxy = Proxy(url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def connect(proxy: Proxy) -> Iterator[Callable[..., SnapshotStore]]:
+    """Make stores with one connection or more, through the proxy, ready for use.
+
+    Without prepared statements, so that each statement is one request.
+    """
+    with ExitStack() as stores:
+
+        def make(**options: Any) -> SnapshotStore:
+            settings = {"max_size": 1, "kwargs": {"prepare_threshold": None}, **options}
+            store = stores.enter_context(postgres(proxy.url, **settings))
+            store.ping()
+            return store
+
+        yield make

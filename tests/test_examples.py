@@ -16,8 +16,8 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, SnapshotStore
+from tests.support import EXAMPLES
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 RUN = "quickstart:checkout-123"
 
 

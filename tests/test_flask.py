@@ -10,35 +10,23 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
 
 from awaitly_postgres import SnapshotStore
+from tests.chromium import chromium
+from tests.support import EXAMPLES, eventually
 
-from .chromium import chromium
-
-EXAMPLES = Path(__file__).parents[1] / "examples"
 GUNICORN = [sys.executable, "-m", "gunicorn", "--workers", "2", "--preload"]
 TEA = {"item": "tea", "quantity": "2"}
-
-
-def eventually(happened: Callable[[], Any], what: str) -> Any:
-    """Poll until something is true, for a minute."""
-    give_up_at = time.monotonic() + 60
-    while not (result := happened()):
-        assert time.monotonic() < give_up_at, f"never came: {what}"
-        time.sleep(0.02)
-    return result
 
 
 def fetch(url: str, form: dict[str, str] | None = None) -> tuple[int, str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -24,13 +23,12 @@ from awaitly_postgres import (
     WorkflowNotFound,
     WorkflowSuspended,
 )
+from tests.support import DATA
 
 DB = psycopg.Connection
 MakeStore = Callable[..., SnapshotStore]
 
-NODE_ROWS: dict[str, Any] = json.loads(
-    Path(__file__).with_name("data").joinpath("node-snapshots.json").read_text("utf-8")
-)
+NODE_ROWS: dict[str, Any] = json.loads((DATA / "node-snapshots.json").read_text("utf-8"))
 ALICE = NODE_ROWS["node-completed"]["steps"]["fetch-user"]["value"]
 LARGE = 5_000  # characters in a step's result, enough for the journal to be used
 

@@ -35,8 +35,8 @@ from awaitly_postgres import (
     validate_snapshot,
 )
 from awaitly_postgres.cli import cli
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
     for folder in ("*", ".github/*", "awaitly_postgres/**/*", "examples/**/*", "tests/**/*")

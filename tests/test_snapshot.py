@@ -6,7 +6,6 @@ import copy
 import json
 from collections.abc import Callable
 from datetime import datetime, timezone
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -26,8 +25,9 @@ from awaitly_postgres import (
     validate_snapshot,
 )
 from awaitly_postgres.snapshot import timestamp
+from tests.support import DATA
 
-NODE = json.loads((Path(__file__).parent / "data" / "node-snapshots.json").read_text("utf-8"))
+NODE = json.loads((DATA / "node-snapshots.json").read_text("utf-8"))
 NOW = "2026-11-22T10:56:04.184Z"
 RUNNING = {"status": "running", "lastUpdated": NOW}
 VOID = {"formatVersion": 1, "steps": {"a": {"ok": True}}, "execution": RUNNING}

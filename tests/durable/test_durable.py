@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -34,6 +34,7 @@ from awaitly_postgres import (
     WorkflowSnapshot,
     WorkflowSuspended,
 )
+from tests.support import eventually, photograph, restore
 
 MakeStore = Callable[..., SnapshotStore]
 DB = psycopg.Connection
@@ -149,14 +150,6 @@ def leases(db: DB) -> list[str]:
 
 def pending(durable: Durable) -> list[str]:
     return [info.id for info in durable.list_pending()]
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Poll the server until ``condition`` holds; half a minute is for a busy machine."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        time.sleep(0.01)
 
 
 # -- running and resuming ------------------------------------------------------------------
@@ -685,20 +678,6 @@ def test_handled_and_unhandled_failures_are_told_apart_after_any_crash(
     assert outcome.result.rstrip(".") == f"{paid_by} done"
 
 
-def photograph(db: DB) -> dict[str, list[str]]:
-    tables = ("awaitly_snapshots", "awaitly_snapshots_steps", "awaitly_workflow_lock")
-    return {t: [r for (r,) in db.execute(f"SELECT t::text FROM {t} t").fetchall()] for t in tables}
-
-
-def restore(db: DB, photo: dict[str, list[str]]) -> None:
-    """Put everything back as it was; the leases have run out since."""
-    for table, rows in photo.items():
-        db.execute(f"DELETE FROM {table}")
-        for text in rows:
-            db.execute(f"INSERT INTO {table} SELECT (%s::{table}).*", [text])
-    db.execute("UPDATE awaitly_workflow_lock SET expires_at = clock_timestamp()")
-
-
 def test_failure_handled_before_a_suspension_stays_handled(durable: Durable, work: Work) -> None:
     """A run that went on to wait has moved past the failure, though it recorded nothing since."""
 
@@ -1067,7 +1046,7 @@ def test_signal_that_races_the_suspension_is_not_lost(
                 writers["signal"] = background.submit(durable.signal, "id", "go", 1)
             else:
                 go_on.set()
-            until(lambda n=n: held_up(db, name) == n)
+            eventually(lambda n=n: held_up(db, name) == n)
     assert writers["signal"].result(30) is True
     assert isinstance(running.exception(30), WorkflowSuspended)
     assert durable.resume_pending() == [Outcome("id", "completed", 1, None, 1)]
@@ -1173,9 +1152,9 @@ def test_cancel_that_races_a_takeup_is_not_undone(
     durable.submit("id", durable.workflow(name="w")(steps(work, "a")))
     with row_locked(url, "id"):
         cancelled = background.submit(durable.cancel, "id")
-        until(lambda: held_up(db, name) == 1)
+        eventually(lambda: held_up(db, name) == 1)
         running = background.submit(durable.resume, "id")
-        until(lambda: held_up(db, name) == 2)
+        eventually(lambda: held_up(db, name) == 2)
     assert cancelled.result(30) is True
     assert isinstance(running.exception(30), WorkflowCancelled)
     assert (work.ran, leases(db)) == ([], [])
@@ -1389,3 +1368,22 @@ def test_trouble_of_a_nested_run_is_a_failure_of_the_outer_one(durable: Durable)
         (outcome,) = durable.resume_pending()
     assert (outcome.status, type(outcome.error)) == ("failed", AlreadyRunning)
     assert durable.store.load("outer").execution.status == "failed"
+
+
+def test_the_stored_traceback_shows_the_users_frames_alone(durable: Durable, db: DB) -> None:
+    """Ours, between the workflow and its step, tell nobody anything."""
+
+    def decline() -> None:
+        raise ZeroDivisionError
+
+    def order(step: Step) -> None:
+        step("card", decline)
+
+    with pytest.raises(ZeroDivisionError):
+        durable.run("a", order)
+    stacks = db.execute(
+        "SELECT snapshot->'metadata'->'failure'->>'stack', snapshot->'steps'->'card'->'cause'->>"
+        "'stack' FROM awaitly_snapshots"
+    ).fetchone()
+    frames = [re.findall(r"^  File .*, in (.+)$", stack, re.M) for stack in stacks]
+    assert frames == [["order", "decline"], ["decline"]]

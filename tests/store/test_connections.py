@@ -33,6 +33,7 @@ from awaitly_postgres import (
     embedded,
     postgres,
 )
+from tests.support import ROOT
 
 MakeStore = Callable[..., SnapshotStore]
 Db = psycopg.Connection
@@ -446,7 +447,7 @@ def packages_for(python: str) -> str:
             pytest.skip(f"{python} cannot be given psycopg")
         with suppress(OSError):  # another process was faster
             Path(making).rename(folder)
-    return os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+    return os.pathsep.join([str(folder), str(ROOT)])
 
 
 def leave(url: str, python: str, body: str) -> tuple[float, str]:

@@ -15,7 +15,7 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, Workflow, WorkflowError
-from tests.test_durable import photograph, restore
+from tests.support import photograph, restore
 
 DB = psycopg.Connection
 

@@ -25,9 +25,10 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowSuspended
+from tests.support import DATA
 
 EXECUTABLE = str(Path(sysconfig.get_path("scripts"), "awaitly-postgres"))
-NODE_ROWS = json.loads(Path(__file__).with_name("data").joinpath("node-snapshots.json").read_text())
+NODE_ROWS = json.loads((DATA / "node-snapshots.json").read_text())
 PATIENCE = 60.0  # seconds until a test gives up on a process
 
 FLOWS = """

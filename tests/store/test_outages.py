@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import select
-import socket
 import subprocess
 import tempfile
 import threading
@@ -12,13 +9,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import (
     Durable,
@@ -28,6 +23,7 @@ from awaitly_postgres import (
     embedded,
     postgres,
 )
+from tests.support import Loss, Proxy
 
 # -- a server that restarts ----------------------------------------------------------------
 
@@ -116,156 +112,6 @@ def test_a_dead_pool_costs_a_run_nothing(
 
 
 # -- a network that loses things -----------------------------------------------------------
-
-Loss = Literal["request", "reply"]
-
-
-class Proxy:
-    """Stands between client and server, and loses one request, or the reply to it, on demand.
-
-    What loses it also cuts the connection. A lost reply is one that the server has sent.
-    """
-
-    def __init__(self, url: str) -> None:
-        with psycopg.connect(url) as conn:
-            host, port = conn.info.host, conn.info.port
-        self._address = f"{host}/.s.PGSQL.{port}" if host.startswith("/") else (host, port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = make_conninfo(
-            url,
-            host="127.0.0.1",
-            port=self._listener.getsockname()[1],
-            sslmode="disable",
-            gssencmode="disable",
-        )
-        self._lock = threading.Lock()
-        self._open: set[socket.socket] = set()
-        self._doomed: tuple[Loss, int] | None = None
-        self._refuse = 0.0
-        self.requests = 0
-        self._threads = [threading.Thread(target=self._accept)]
-        self._threads[0].start()
-
-    def lose(self, what: Loss, nr: int) -> None:
-        """Lose the ``nr``-th request from now on (from 0), or its reply."""
-        self.requests, self._doomed = 0, (what, nr)
-
-    @property
-    def has_lost(self) -> bool:
-        return self._doomed is None
-
-    def cut(self, refuse: float = math.inf) -> None:
-        """Cut all connections and refuse the next so many."""
-        with self._lock:
-            self._refuse = refuse
-            for connection in self._open:
-                with suppress(OSError):
-                    connection.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        self.cut()
-        for thread in self._threads:
-            thread.join()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                with self._lock:
-                    refused = self._refuse > 0
-                    self._refuse -= refused
-                if refused:
-                    client.close()
-                    continue
-                thread = threading.Thread(target=self._serve, args=(client,))
-                self._threads.append(thread)
-                thread.start()
-
-    def _serve(self, client: socket.socket) -> None:
-        family = socket.AF_UNIX if isinstance(self._address, str) else socket.AF_INET
-        server = socket.socket(family)
-        with client, server, suppress(OSError, EOFError):
-            with self._lock:
-                self._open.add(client)
-            try:
-                server.connect(self._address)
-                if family == socket.AF_INET:
-                    server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                server.sendall(_message(client, header=4))
-                self._relay(client, server)
-            finally:
-                with self._lock:
-                    self._open.discard(client)
-
-    def _relay(self, client: socket.socket, server: socket.socket) -> None:
-        request, losing = b"", None
-        while True:
-            readable, _, _ = select.select([client, server], [], [])
-            if server in readable:
-                message = _message(server)
-                if losing is None:
-                    client.sendall(message)
-                elif message[:1] == b"Z":  # ready for the next request: all of this one is done
-                    return
-            if client in readable:
-                request += (message := _message(client))
-                if message[:1] in b"QS":  # a whole request: Query, or Parse ... Sync
-                    losing = self._fate()
-                    if losing == "request":
-                        return
-                if message[:1] in b"QSpX":
-                    server.sendall(request)
-                    request = b""
-
-    def _fate(self) -> Loss | None:
-        with self._lock:
-            nr, self.requests = self.requests, self.requests + 1
-            if self._doomed is None or self._doomed[1] != nr:
-                return None
-            (what, _), self._doomed = self._doomed, None
-            return what
-
-
-def _message(connection: socket.socket, header: int = 5) -> bytes:
-    head = _exactly(connection, header)
-    return head + _exactly(connection, int.from_bytes(head[-4:], "big") - 4)
-
-
-def _exactly(connection: socket.socket, size: int) -> bytes:
-    data = b""
-    while len(data) < size:
-        if not (more := connection.recv(size - len(data))):
-            raise EOFError
-        data += more
-    return data
-
-
-@pytest.fixture
-def proxy(url: str) -> Iterator[Proxy]:
-    proxy = Proxy(url)
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
-def connect(proxy: Proxy) -> Iterator[Callable[..., SnapshotStore]]:
-    """Make stores with one connection or more, through the proxy, ready for use.
-
-    Without prepared statements, so that each statement is one request.
-    """
-    with ExitStack() as stores:
-
-        def make(**options: Any) -> SnapshotStore:
-            settings = {"max_size": 1, "kwargs": {"prepare_threshold": None}, **options}
-            store = stores.enter_context(postgres(proxy.url, **settings))
-            store.ping()
-            return store
-
-        yield make
 
 
 class Orders:

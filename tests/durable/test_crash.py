@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter, defaultdict
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,8 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, SnapshotStore, Step
+from tests.support import WORKERS, wait_until
 
-WORKERS = Path(__file__).parent / "workers"
 KEYS = ["reserve", "label", "pay", "gift", "ship"]
 
 
@@ -38,12 +38,6 @@ def run(script: str, *args: object, timeout: float = 240) -> list[str]:
             process.kill()
     assert process.returncode == 0
     return out.splitlines()
-
-
-def wait_until(db: psycopg.Connection, moment: datetime) -> None:
-    """Return when the server's clock has passed ``moment``."""
-    while db.execute("SELECT clock_timestamp() <= %s", (moment,)).fetchone()[0]:
-        db.execute("SELECT pg_sleep(0.02)")
 
 
 # -- killed --------------------------------------------------------------------------------

@@ -19,9 +19,8 @@ from attrs import frozen
 from pydantic import BaseModel, ConfigDict, Field, RootModel
 
 from awaitly_postgres import Durable, NotSerializable, SnapshotFormatError, SnapshotStore, Step
-
-from .workers import typed
-from .workers.typed import CODECS, ITEM, NOON, Colour, Item, Order
+from tests.workers import typed
+from tests.workers.typed import CODECS, ITEM, NOON, Colour, Item, Order
 
 T = TypeVar("T")
 WORKER = Path(typed.__file__)

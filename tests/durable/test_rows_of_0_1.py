@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psycopg
 import pytest
 
 from awaitly_postgres import Durable, Step, WorkflowSuspended
+from tests.support import DATA
 
 DB = psycopg.Connection
-ROWS = json.loads((Path(__file__).parent / "data" / "rows-0.1.json").read_text())
+ROWS = json.loads((DATA / "rows-0.1.json").read_text())
 RESULTS = {"waiting": "answer", "sleeping": "ship", "completed": "ship"}
 RAN = {
     "completed": [],

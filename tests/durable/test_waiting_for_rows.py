@@ -20,9 +20,7 @@ from awaitly_postgres import (
     WorkflowCancelled,
     postgres,
 )
-from tests.test_retry import Proxy, connect, proxy
-
-__all__ = ["connect", "proxy"]  # fixtures
+from tests.support import Proxy
 
 DB = psycopg.Connection
 

@@ -23,9 +23,7 @@ from awaitly_postgres import (
     WorkflowDrift,
     WorkflowSuspended,
 )
-from tests.test_retry import Proxy, connect, proxy
-
-__all__ = ["connect", "proxy"]  # fixtures
+from tests.support import Proxy
 
 DB = psycopg.Connection
 

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
@@ -25,12 +24,12 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import Durable, SnapshotStore, Step, StoreError
-
-from .chromium import chromium
+from tests.chromium import chromium
+from tests.support import EXAMPLES, eventually
 
 pytest.importorskip("django")
 
-SHOP = Path(__file__).parents[1] / "examples" / "django_shop"
+SHOP = EXAMPLES / "django_shop"
 PAST = "2026-01-01T00:00:00.000Z"
 DECLINED = "purchase_2Fdeclined%20_26%20odd"  # as the admin writes "purchase/declined & odd"
 
@@ -44,15 +43,6 @@ def manage(url: str, *arguments: str, **environment: str) -> subprocess.Complete
         text=True,
         timeout=60,
     )
-
-
-def eventually(happened: Callable[[], Any], what: str) -> Any:
-    """Poll until something is true, for a minute."""
-    give_up_at = time.monotonic() + 60
-    while not (result := happened()):
-        assert time.monotonic() < give_up_at, f"never came: {what}"
-        time.sleep(0.02)
-    return result
 
 
 @pytest.fixture(scope="module", autouse=True)

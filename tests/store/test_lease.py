@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from datetime import datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -28,6 +27,7 @@ from awaitly_postgres import (
     Step,
     WorkflowSnapshot,
 )
+from tests.support import WORKERS, wait_until
 
 SNAPSHOT = WorkflowSnapshot.from_json(
     {
@@ -42,12 +42,6 @@ OTHER = {**SNAPSHOT.to_json(), "steps": {}}
 def clock(db: psycopg.Connection) -> datetime:
     """The server's time."""
     return db.execute("SELECT clock_timestamp()").fetchone()[0]
-
-
-def wait_until(db: psycopg.Connection, moment: datetime) -> None:
-    """Return when the server's clock has passed ``moment``."""
-    while clock(db) <= moment:
-        db.execute("SELECT pg_sleep(0.02)")
 
 
 def lock_rows(db: psycopg.Connection) -> list[tuple[Any, ...]]:
@@ -317,7 +311,7 @@ def test_of_sixteen_processes_that_want_an_expired_lease_one_gets_it(
 ) -> None:
     """Two hundred times, all sixteen at once."""
     store.create_tables()
-    script = Path(__file__).parent / "workers" / "racers.py"
+    script = WORKERS / "racers.py"
     done = subprocess.run(
         [sys.executable, script, url, "16", "200"], stdout=subprocess.PIPE, timeout=300, check=True
     )
