@@ -725,7 +725,7 @@ class Session:
 def check_untouched(id: str, rows: list[Row], seen: datetime) -> None:
     """Raise if what was last ``seen`` at that time is gone, or has changed since."""
     if not rows or moment(rows[0][2]) != seen:
-        raise TouchedMeanwhile(f"another process has worked on {id!r} just now")
+        raise TouchedMeanwhile(f"another process got there first: {id!r} has changed")
 
 
 def _pause_after(attempts: int) -> float:
