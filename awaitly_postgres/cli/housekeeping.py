@@ -47,7 +47,10 @@ def delete(place: Place, ids: tuple[str, ...]) -> None:
 @on_a_store
 @prefix_option
 @click.option(
-    "--status", type=click.Choice([*STATUSES, "any"]), default="completed", help="[completed]"
+    "--status",
+    type=click.Choice([*STATUSES, "any"]),
+    default="completed",
+    help="only with this status [completed]",
 )
 @click.option(
     "--older-than", metavar="AGE", type=duration, required=True, help="30d, 12h, 1d12h, 2w"

@@ -125,7 +125,7 @@ class Worker:
             if at_once:
                 raise KeyboardInterrupt
             # Not print: the signal may have come in the middle of one.
-            os.write(2, b"stopping after the current workflow; once more to stop now\n")
+            os.write(2, b"stopping after the current workflow; repeat to stop now\n")
 
         before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
         try:

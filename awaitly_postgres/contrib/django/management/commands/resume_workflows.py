@@ -18,17 +18,17 @@ class Command(BaseCommand):
     help = "Finish pending workflows: crashed, failed and submitted ones."
 
     def add_arguments(self, parser: Any) -> None:
-        """Take where the Durable is, and which of its runs to resume."""
+        """Say where the Durable is, and which of its runs to resume."""
         parser.add_argument(
             "durable",
             nargs="?",
             help="dotted path of the Durable (default: settings.AWAITLY_DURABLE)",
         )
         parser.add_argument("--prefix", default="", help="only ids that start with this")
-        parser.add_argument("--limit", type=int, default=100, help="at most so many (100)")
+        parser.add_argument("--limit", type=int, default=100, help="at most this many (100)")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Resume, telling of each workflow as it ends."""
+        """Resume, and report each workflow as it ends."""
         durable = _durable(options["durable"] or getattr(settings, "AWAITLY_DURABLE", None))
         watched = self.stdout.isatty() or options["verbosity"] > 1
         styles = {"completed": self.style.SUCCESS, "suspended": self.style.WARNING}
