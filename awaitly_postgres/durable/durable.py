@@ -8,49 +8,28 @@ one, and ends with one that stores the output, folds the journal and gives the l
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import datetime
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
-from attrs import define, field
+from attrs import define
 
-from .. import _json
-from .._checks import OnDrift, check_id, check_limit, check_on_drift, check_ttl, moment
-from ..errors import (
-    AlreadyRunning,
-    LeaseLost,
-    SnapshotFormatError,
-    StoreUnavailable,
-    VersionMismatch,
-    WorkflowCancelled,
-    WorkflowDrift,
-    WorkflowNotFound,
-)
-from ..snapshot import timestamp
-from ..store.database import Connection, execute, fetch
-from ..store.lease import DEFAULT_TTL
-from ..store.rows import SnapshotInfo, is_input
-from ..store.store import Infos, SnapshotStore
-from ..workflow.codec import Codec, encode
-from ..workflow.event import OnEvent
+from ..errors import WorkflowNotFound
+from ..store.database import Connection
+from ..workflow.codec import encode
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
-from .admission import Found, TouchedMeanwhile
-from .pending import Outcome, Queue
-from .registry import Entry, OnVersionMismatch, Registry
-from .session import Policy, Session
-from .transaction import OpenTransaction
+from .registry import Entry, OnVersionMismatch
+from .resuming import Resuming
+from .session import Session
+from .steering import Steering
 
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
-_TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
-_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # nothing has run
 
-
-@define(eq=False)
-class Durable:
+@define(eq=False, slots=False)
+class Durable(Resuming, Steering):
     """Runs workflows so that each step survives the process, one process at a time per id.
 
     Args:
@@ -72,25 +51,6 @@ class Durable:
         ...     def checkout(step: Step, user_id: str) -> dict: ...
         ...     durable.run("checkout-123", checkout, "123")
     """
-
-    store: SnapshotStore
-    lock_ttl: float = field(default=DEFAULT_TTL, kw_only=True, converter=check_ttl)
-    codec: Codec | None = field(default=None, kw_only=True)
-    on_event: OnEvent | None = field(default=None, kw_only=True)
-    on_complete: Literal["keep", "delete"] = field(default="keep", kw_only=True)
-    on_drift: OnDrift = field(default="error", kw_only=True)
-    max_attempts: int | None = field(default=100, kw_only=True)
-    metadata: Mapping[str, Any] = field(factory=dict, kw_only=True)
-    transaction: OpenTransaction | None = field(default=None, kw_only=True)
-    _workflows: Registry = field(factory=Registry, init=False, repr=False)
-
-    def __attrs_post_init__(self) -> None:
-        check_on_drift(self.on_drift)
-        if self.on_complete not in ("keep", "delete"):
-            raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
-        if self.max_attempts is not None:
-            check_limit(self.max_attempts, "max_attempts")
-        encode(None, self.metadata, "metadata=")
 
     # -- workflows -------------------------------------------------------------------------
 
@@ -193,221 +153,12 @@ class Durable:
             raise WorkflowNotFound(id, entry.name)
         return session.submit(conn)
 
-    def resume(self, id: str) -> Any:
-        """Finish the run stored as ``id`` with the registered workflow and its recorded input.
-
-        Ignores the pause after a failure. Returns the recorded output of a completed one.
-
-        Raises:
-            WorkflowNotFound: nothing is stored there, or its workflow is not registered.
-            and what `run` raises.
-        """
-        session, found = self._resumable(id)
-        return session.start(found)
-
-    def try_resume(self, id: str) -> Outcome:
-        """Resume ``id`` as `resume` does, and return what came of it instead of raising.
-
-        Returns:
-            an `Outcome`: ``"skipped"`` if another process has it or it was cancelled, ``"failed"``
-            with the error if the workflow raised one or could not be started.
-
-        Raises:
-            StoreUnavailable: the database went away.
-        """
-        return self._attempt(id)
-
-    def resume_pending(
-        self,
-        *,
-        prefix: str = "",
-        limit: int = 100,
-        on_progress: Callable[[Outcome], object] | None = None,
-    ) -> list[Outcome]:
-        """Finish what is unfinished and due: crashed, failed, submitted. For cron.
-
-        Takes the registered workflows only, and those that nobody holds the lease of: the longest
-        untouched first, in a random order where other workers are at it too. After a failure a run
-        pauses for 1 s, 2 s, 4 s ... 1 h.
-
-        Args:
-            prefix: only ids that start with exactly this.
-            limit: run at most so many. What another process has, and what is refused because the
-                code has changed, does not count: it must not block the rest for ever.
-            on_progress: called with each `Outcome` as it comes.
-
-        Returns:
-            one `Outcome` for each; failures are among them and do not stop the rest.
-
-        Raises:
-            StoreUnavailable: the database went away.
-        """
-        check_limit(limit)
-        names = list(self._workflows)
-        queue = Queue(lambda behind, length: self._pending(prefix, length, names, behind))
-        outcomes: list[Outcome] = []
-        ran = 0
-        for info in queue:
-            outcome = self._attempt(info.id, info.updated_at)
-            outcomes.append(outcome)
-            if on_progress is not None:
-                on_progress(outcome)
-            if outcome.status == "skipped":
-                queue.somebody_was_faster()
-            ran += outcome.status != "skipped" and not isinstance(outcome.error, _REFUSALS)
-            if ran == limit:
-                break
-        return outcomes
-
-    # -- state -----------------------------------------------------------------------------
-
-    def list_pending(self, prefix: str = "", limit: int = 100) -> Infos:
-        """List what `resume_pending` would take up now, the longest untouched first."""
-        return self._pending(prefix, limit, list(self._workflows))
-
-    def has_state(self, id: str) -> bool:
-        """Tell whether anything is stored as ``id``."""
-        return bool(self.store._db.rows(self.store._sql.exists, {"id": self.store.key(id)}))
-
-    def delete_state(self, id: str) -> bool:
-        """Forget the run stored as ``id``; tell whether there was one.
-
-        One that is running goes on, and stores its state again when it ends.
-        """
-        return self.store.delete(id)
-
-    def delete_states(self, ids: Iterable[str]) -> int:
-        """Forget these runs; return how many there were."""
-        return self.store.delete_many(ids)
-
-    def clear_state(self) -> int:
-        """Forget everything in the store (under its prefix); return how much there was."""
-        return self.store._clear()
-
-    def signal(self, id: str, key: str, value: Any) -> bool:
-        """Answer ``step.wait(key)`` of the run stored as ``id``; it may not have come there yet.
-
-        Returns:
-            True if the answer is taken; False if there is no such unfinished run, or it has one.
-        """
-        sql = self.store._sql
-        value_json = encode(self.codec, value, f"the signal for step {key!r}")
-        params = {
-            "id": self.store.key(id),
-            "key": check_id(key, "step key"),
-            "value": value_json,
-        }
-        tries = 0
-
-        def send(conn: Connection) -> bool:
-            nonlocal tries
-            tries += 1
-            if execute(conn, sql.signal, params):
-                return True
-            # An earlier try may have done it, and only its reply was lost.
-            taken = fetch(conn, sql.signal_for, params) if tries > 1 else []
-            return bool(taken) and _json.as_stored(taken[0][0]) == _json.as_stored(value_json)
-
-        return self.store._db.run(send)
-
-    def cancel(self, id: str) -> bool:
-        """End the run stored as ``id`` for good; tell whether there was an unfinished one.
-
-        If it is running, its next step is refused and its caller gets `WorkflowCancelled`.
-        """
-        now = timestamp()
-        ended = {"status": "failed", "lastUpdated": now, "completedAt": now}
-        params = {
-            "id": self.store.key(id),
-            "execution": _json.dumps(ended),
-            "metadata": _json.dumps({"cancelledAt": now}),
-        }
-        sql = self.store._sql
-
-        def work(conn: Connection) -> bool:
-            fetch(conn, sql.lock_lease_row, params)
-            return bool(fetch(conn, sql.cancel, params))
-
-        return self.store._db.told(work)
-
-    # -- inside ----------------------------------------------------------------------------
-
     def _session_for(
         self, id: str, entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Session:
         """Make a session for a call; raise TypeError, as the call itself would, if it is wrong."""
         entry.check_call(args, kwargs)
-        return self._session(id, entry, self._input(args, kwargs))
+        return Session(self, id, entry, self._input(args, kwargs))
 
     def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         return encode(self.codec, {"args": list(args), "kwargs": dict(kwargs)}, "the input")
-
-    def _session(self, id: str, entry: Entry, input: str) -> Session:
-        policy = Policy(
-            self.lock_ttl,
-            self.codec,
-            self.on_event,
-            self.on_complete,
-            self.on_drift,
-            self.metadata,
-            self.transaction,
-        )
-        return Session(self.store, policy, id, entry, input)
-
-    def _resumable(self, id: str, seen: datetime | None = None) -> tuple[Session, Found]:
-        """Look ``id`` up: a look costs less than a lease that has to be given back.
-
-        With the time at which it was ``seen`` as pending, raise if it no longer is.
-        """
-        rows = self.store._db.rows(self.store._sql.look, {"id": self.store.key(id)})
-        if seen is not None:
-            if not rows or moment(rows[0][2]) != seen:
-                raise TouchedMeanwhile(id)
-            if rows[0][3] is not None:
-                raise AlreadyRunning(id, rows[0][3], moment(rows[0][4]))
-        if not rows:
-            raise WorkflowNotFound(id)
-        found = Found.of(id, rows[0])
-        metadata = found.snapshot.metadata or {}
-        name, input = metadata.get("workflow"), metadata.get("input")
-        if not isinstance(name, str) or not is_input(input):
-            raise WorkflowNotFound(id)
-        entry = self._workflows.get(name)
-        if entry is None:
-            raise WorkflowNotFound(id, name)
-        return self._session(id, entry, _json.dumps(input)), found
-
-    def _pending(
-        self,
-        prefix: str,
-        limit: int,
-        workflows: list[str] | None,
-        behind: SnapshotInfo | None = None,
-    ) -> Infos:
-        return self.store.pending(
-            prefix,
-            workflows=workflows,
-            max_attempts=self.max_attempts,
-            limit=limit,
-            after=behind,
-        )
-
-    def _attempt(self, id: str, seen: datetime | None = None) -> Outcome:
-        """Resume ``id``, unless somebody has touched it since it was ``seen`` as pending."""
-        session: Session | None = None
-        try:
-            session, found = self._resumable(id, seen)
-            result = session.start(found, as_it_was=seen is not None)
-            return Outcome(id, "completed", result, None, session.attempts)
-        except Exception as error:
-            end = session and session.end
-            attempts = session.attempts if session else 0
-            if end == "run_suspended":
-                return Outcome(id, "suspended", None, error, attempts)
-            # What a failed run has raised is its own affair, even if it looks like one of these.
-            if end != "run_failed":
-                if isinstance(error, StoreUnavailable):
-                    raise
-                if isinstance(error, _TAKEN):
-                    return Outcome(id, "skipped", None, error, attempts)
-            return Outcome(id, "failed", None, error, attempts)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from .. import _json
-from .._checks import OnDrift
 from ..errors import (
     AwaitlyError,
     LeaseLost,
@@ -25,41 +24,26 @@ from ..store import lease as leases
 from ..store import renewal
 from ..store.database import Connection, Database, fetch
 from ..store.statements import Statements
-from ..store.store import SnapshotStore
 from ..workflow import failure as _failure
-from ..workflow.codec import Codec, decode, decode_input, encode
-from ..workflow.event import EventType, OnEvent
+from ..workflow.codec import decode, decode_input, encode
+from ..workflow.event import EventType
 from ..workflow.history import History
 from ..workflow.run import Run
 from ..workflow.step import Step
 from .admission import Admission, Finished, Found, TakenUp, count
 from .checkpoints import Checkpoints
+from .options import Options
 from .pending import pause_after
 from .registry import Entry
-from .transaction import OpenTransaction
 
 NEVER = "9999-12-31T23:59:59.999Z"  # until a signal comes
-
-
-@frozen
-class Policy:
-    """What all runs of one `Durable` have in common."""
-
-    lock_ttl: float
-    codec: Codec | None
-    on_event: OnEvent | None
-    on_complete: Literal["keep", "delete"]
-    on_drift: OnDrift
-    metadata: Mapping[str, Any]
-    transaction: OpenTransaction | None
 
 
 @define(eq=False)
 class Session:
     """One start of one durable run: it is admitted, executed, and ended."""
 
-    store: SnapshotStore
-    policy: Policy
+    options: Options
     id: str
     entry: Entry
     input: str  # JSON text
@@ -71,23 +55,23 @@ class Session:
     _pid: int = field(factory=os.getpid)
 
     def __attrs_post_init__(self) -> None:
-        policy, history = self.policy, History()
+        options, history = self.options, History()
         self._checkpoints = Checkpoints(
             self._db,
             self.id,
-            self.store.key(self.id),
+            self.options.store.key(self.id),
             leases.new_token(),
-            policy.lock_ttl,
+            options.lock_ttl,
             history,
             lambda: self._document("running"),
-            policy.transaction,
+            options.transaction,
         )
         self._run = Run(
             self.entry.name,
             self.id,
-            policy.codec,
-            policy.on_event,
-            policy.on_drift,
+            options.codec,
+            options.on_event,
+            options.on_drift,
             self._checkpoints,
             history,
         )
@@ -119,7 +103,7 @@ class Session:
 
         if self._db.run(create, conn):
             return True
-        stored = self.store.load(self.id, conn=conn)
+        stored = self.options.store.load(self.id, conn=conn)
         if stored is None:
             return False
         self._admission.check_identity(stored)
@@ -157,7 +141,7 @@ class Session:
     # -- running ---------------------------------------------------------------------------
 
     def _execute(self) -> Any:
-        run, lease, codec = self._run, self._admission.lease, self.policy.codec
+        run, lease, codec = self._run, self._admission.lease, self.options.codec
         if lease is None:
             raise RuntimeError("nothing runs before the lease is taken")
         failure: BaseException | None = None
@@ -207,13 +191,13 @@ class Session:
         self, compose: Callable[[], str], pause: float | None = None, *, completed: bool = False
     ) -> None:
         """Store how it ended, or forget the run; release the lease in the same statement."""
-        forget = completed and self.policy.on_complete == "delete"
+        forget = completed and self.options.on_complete == "delete"
         done, tries, document = self._checkpoints.finish(
             None if forget else compose, pause, self._run.end
         )
         if not done and tries > 1:
             # An earlier try may have done it, and only its reply was lost.
-            stored = self.store.load(self.id)
+            stored = self.options.store.load(self.id)
             if forget or stored is None:
                 done = forget and stored is None
             else:
@@ -225,7 +209,7 @@ class Session:
     def _raise_if_cancelled(self, error: LeaseLost) -> None:
         stored = None
         with suppress(AwaitlyError):
-            stored = self.store.load(self.id)
+            stored = self.options.store.load(self.id)
         if stored is not None and "cancelledAt" in (stored.metadata or {}):
             raise WorkflowCancelled(self.id) from error
 
@@ -244,7 +228,7 @@ class Session:
         history = self._run.history
         ours = (*OF_THIS_MOMENT, "input")
         metadata: dict[str, Any] = {
-            **{name: value for name, value in self.policy.metadata.items() if name not in ours},
+            **{name: value for name, value in self.options.metadata.items() if name not in ours},
             "workflow": self.entry.name,
             "version": self.entry.version,
             # The starts since it got further; a run that waits has not failed.
@@ -275,15 +259,15 @@ class Session:
         return self._decode_output(metadata.get("output"))
 
     def _decode_output(self, output: Any) -> Any:
-        return decode(self.policy.codec, output, self.entry.fn, self.id, "metadata.output")
+        return decode(self.options.codec, output, self.entry.fn, self.id, "metadata.output")
 
     @property
     def _db(self) -> Database:
-        return self.store._db
+        return self.options.store._db
 
     @property
     def _sql(self) -> Statements:
-        return self.store._db.sql
+        return self.options.store._db.sql
 
     @property
     def _key(self) -> str:

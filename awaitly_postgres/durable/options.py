@@ -1,0 +1,40 @@
+"""What all runs of one `Durable` have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from attrs import define, field
+
+from .._checks import OnDrift, check_limit, check_on_drift, check_ttl
+from ..store.lease import DEFAULT_TTL
+from ..store.store import SnapshotStore
+from ..workflow.codec import Codec, encode
+from ..workflow.event import OnEvent
+from .registry import Registry
+from .transaction import OpenTransaction
+
+
+@define(eq=False, slots=False)
+class Options:
+    """The options of a `Durable`, which documents them, checked; and the functions it knows."""
+
+    store: SnapshotStore
+    lock_ttl: float = field(default=DEFAULT_TTL, kw_only=True, converter=check_ttl)
+    codec: Codec | None = field(default=None, kw_only=True)
+    on_event: OnEvent | None = field(default=None, kw_only=True)
+    on_complete: Literal["keep", "delete"] = field(default="keep", kw_only=True)
+    on_drift: OnDrift = field(default="error", kw_only=True)
+    max_attempts: int | None = field(default=100, kw_only=True)
+    metadata: Mapping[str, Any] = field(factory=dict, kw_only=True)
+    transaction: OpenTransaction | None = field(default=None, kw_only=True)
+    _workflows: Registry = field(factory=Registry, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        check_on_drift(self.on_drift)
+        if self.on_complete not in ("keep", "delete"):
+            raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
+        if self.max_attempts is not None:
+            check_limit(self.max_attempts, "max_attempts")
+        encode(None, self.metadata, "metadata=")

@@ -1,0 +1,85 @@
+"""What is done to a stored run from outside: answered, cancelled, forgotten."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from attrs import define
+
+from .. import _json
+from .._checks import check_id
+from ..snapshot import timestamp
+from ..store.database import Connection, execute, fetch
+from ..workflow.codec import encode
+from .options import Options
+
+
+@define(eq=False, slots=False)
+class Steering(Options):
+    """The part of `Durable` that acts on stored runs without running them."""
+
+    def has_state(self, id: str) -> bool:
+        """Tell whether anything is stored as ``id``."""
+        return bool(self.store._db.rows(self.store._sql.exists, {"id": self.store.key(id)}))
+
+    def delete_state(self, id: str) -> bool:
+        """Forget the run stored as ``id``; tell whether there was one.
+
+        One that is running goes on, and stores its state again when it ends.
+        """
+        return self.store.delete(id)
+
+    def delete_states(self, ids: Iterable[str]) -> int:
+        """Forget these runs; return how many there were."""
+        return self.store.delete_many(ids)
+
+    def clear_state(self) -> int:
+        """Forget everything in the store (under its prefix); return how much there was."""
+        return self.store._clear()
+
+    def signal(self, id: str, key: str, value: Any) -> bool:
+        """Answer ``step.wait(key)`` of the run stored as ``id``; it may not have come there yet.
+
+        Returns:
+            True if the answer is taken; False if there is no such unfinished run, or it has one.
+        """
+        sql = self.store._sql
+        value_json = encode(self.codec, value, f"the signal for step {key!r}")
+        params = {
+            "id": self.store.key(id),
+            "key": check_id(key, "step key"),
+            "value": value_json,
+        }
+        tries = 0
+
+        def send(conn: Connection) -> bool:
+            nonlocal tries
+            tries += 1
+            if execute(conn, sql.signal, params):
+                return True
+            # An earlier try may have done it, and only its reply was lost.
+            taken = fetch(conn, sql.signal_for, params) if tries > 1 else []
+            return bool(taken) and _json.as_stored(taken[0][0]) == _json.as_stored(value_json)
+
+        return self.store._db.run(send)
+
+    def cancel(self, id: str) -> bool:
+        """End the run stored as ``id`` for good; tell whether there was an unfinished one.
+
+        If it is running, its next step is refused and its caller gets `WorkflowCancelled`.
+        """
+        now = timestamp()
+        ended = {"status": "failed", "lastUpdated": now, "completedAt": now}
+        params = {
+            "id": self.store.key(id),
+            "execution": _json.dumps(ended),
+            "metadata": _json.dumps({"cancelledAt": now}),
+        }
+        sql = self.store._sql
+
+        def work(conn: Connection) -> bool:
+            fetch(conn, sql.lock_lease_row, params)
+            return bool(fetch(conn, sql.cancel, params))
+
+        return self.store._db.told(work)
