@@ -38,7 +38,7 @@ class TouchedMeanwhile(AwaitlyError):
     """Another process has worked on the run between a listing and now."""
 
     def __init__(self, id: str) -> None:
-        super().__init__(f"another process has worked on {id!r} just now")
+        super().__init__(f"another process got to {id!r} first")
 
 
 @frozen

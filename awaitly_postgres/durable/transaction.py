@@ -33,6 +33,7 @@ class StepTransaction:
     _isolated: bool = False
     _step: str | None = None  # its JSON, once it is in the history
     _before: Written | None = None  # what was stored before it, once we have the turn
+    _committed: bool = False
 
     def __enter__(self) -> Connection:
         run = self._run
@@ -71,6 +72,9 @@ class StepTransaction:
             ) from error
         self._open.__exit__(kind, error, traceback)
         if error is None:
+            # Before the doubt goes: an exception may strike between any two of these, and `settle`
+            # must not take what is neither in doubt nor known to be committed for rolled back.
+            self._committed = True
             self._clear_doubt()
             self._leave_turn()
 
@@ -91,10 +95,11 @@ class StepTransaction:
             refused = driver_error(error) is not None
             lost = refused and self._conn is not None and self._conn.closed
             run.db.abandon(self._conn)
-            committed = False
-            if run.in_doubt == self._key and self._step is not None and (lost or not refused):
+            committed = self._committed
+            in_doubt = not committed and run.in_doubt == self._key and self._step is not None
+            if in_doubt and (lost or not refused):
                 try:
-                    committed = run.has_committed(self._key, self._step)
+                    committed = run.has_committed(self._key, str(self._step))
                 except StoreUnavailable as unknown:  # and so it stays in doubt
                     if not isinstance(error, Exception):
                         return error
