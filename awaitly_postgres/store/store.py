@@ -360,12 +360,12 @@ class SnapshotStore:
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
         def work(conn: Connection) -> int:
-            gone = [row[0] for row in fetch(conn, first, {"ids": keys, "age": age})]
-            for statement in rest:
-                execute(conn, statement, {"ids": gone})
+            gone = [row[0] for row in fetch(conn, sql.delete_many, {"ids": keys, "age": age})]
+            if sql.journal:
+                execute(conn, sql.delete_many_journals, {"ids": gone})
             return len(gone)
 
-        first, *rest = self._sql.delete_many
+        sql = self._sql
         return self._db.told(work)
 
 
