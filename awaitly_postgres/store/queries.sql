@@ -138,7 +138,9 @@ AND expires_at > clock_timestamp()
 AND {last_step_is_there}  -- if journal
 
 -- fragment: numbered_fence
--- For a write of the snapshot: gives the token its next number, and renews the lease.
+-- For a write of the snapshot: gives the token its next number, and renews the lease. Repeated
+-- after a lost reply, the write takes another number and may follow its own first try, which is in
+-- its list.
 fence AS (
     UPDATE {leases} SET owner_token = %(next)s::text, expires_at = {lease_end}
     WHERE {write_is_next}

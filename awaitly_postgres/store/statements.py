@@ -74,13 +74,15 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
 
 def filtered(statement: bytes, params: Mapping[str, Any]) -> bytes:
     """Drop the lines of which the parameter has no value."""
-    return _on_one_line(
-        _choose(statement.decode(), lambda name: params.get(name) is not None)
-    ).encode()
+    text = _choose(statement.decode(), lambda name: params.get(name) is not None)
+    return _on_one_line(text).encode()
 
 
 def prefix_bounds(prefix: str) -> tuple[str, str | None]:
-    """Return the half-open range of strings that start with ``prefix``, in code point order."""
+    """Return the half-open range of strings that start with ``prefix``, in code point order.
+
+    The upper bound is the prefix with its last character moved on by one, surrogates skipped.
+    """
     stem = prefix.rstrip("\U0010ffff")
     if not stem:
         return prefix, None
