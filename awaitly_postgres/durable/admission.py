@@ -101,7 +101,7 @@ class Admission:
             if found is None:
                 # It was gone, or somebody was at it, before the lease was ours. Now it is.
                 self._acquire()
-                rows = self._db.rows(self._sql.look, {"id": self._checkpoints.key})
+                rows = self._db.rows(self._sql.read_for_resume, {"id": self._checkpoints.key})
                 if not rows:
                     if self._create():
                         return New()

@@ -110,7 +110,7 @@ class Resuming(Options):
 
         With the time at which it was ``seen`` as pending, raise if it no longer is.
         """
-        rows = self.store._db.rows(self.store._sql.look, {"id": self.store.key(id)})
+        rows = self.store._db.rows(self.store._sql.read_for_resume, {"id": self.store.key(id)})
         if seen is not None:
             if not rows or moment(rows[0][2]) != seen:
                 raise TouchedMeanwhile(id)

@@ -166,7 +166,7 @@ fence AS (SELECT FROM {leases} WHERE {token_is_ours} FOR KEY SHARE)
 -- The document, and the steps of the journal that belong under it.
 SELECT snapshot::text, {journaled_steps} FROM {snapshots} WHERE id = %(id)s
 
--- name: look
+-- name: read_for_resume
 -- What a resumed run goes on from, and who holds its lease, if anybody does. It writes nothing,
 -- so that finding a run taken costs no lease that must be given back.
 SELECT

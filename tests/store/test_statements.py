@@ -178,7 +178,7 @@ WRITES = [
 READS_AND_HOUSEKEEPING = [
     *(
         "load",
-        "look",
+        "read_for_resume",
         "check_history",
         "exists",
         "signal_for",
