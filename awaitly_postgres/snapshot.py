@@ -17,7 +17,14 @@ from .errors import SnapshotFormatError
 FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
 # What the metadata tell of one moment only: each new document writes it anew, or not at all.
-OF_THIS_MOMENT = ("output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt")
+OF_THIS_MOMENT = (
+    "output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt", "gaveUpAt", "deadlines"
+)  # fmt: skip
+# All that this package writes into the metadata; what the user gives stands in "custom".
+OURS = (
+    *OF_THIS_MOMENT, "input", "workflow", "version", "attempts", "submittedAt", "cancelledAt",
+    "lastStepKey", "signals", "custom",
+)  # fmt: skip
 _OBJECT = (dict, Mapping)  # dict first: to ask the abstract class takes longer than all the rest
 
 Status = Literal["running", "completed", "failed"]

@@ -56,6 +56,20 @@ def from_json(key: str, step: Mapping[str, Any]) -> Exception:
     return error
 
 
+def of_run(key: str, failure: Mapping[str, Any]) -> Exception:
+    """Rebuild what a run has failed with: ``cause`` with the ``exception`` beside what Node reads.
+
+    ``key`` is its last step, for the message of a `StepFailed`.
+    """
+    return from_json(key, {"cause": failure, "meta": {"exception": failure.get("exception")}})
+
+
+def run_to_json(error: BaseException) -> dict[str, Any]:
+    """Return what the metadata of a failed run tell of ``error``; `of_run` reads it."""
+    told = to_json(error)
+    return {**told["cause"], "exception": told["meta"]["exception"]}
+
+
 def _args(error: BaseException) -> tuple[Any, ...]:
     """Return what it was made of, even if its class gives ``args`` another meaning."""
     args: tuple[Any, ...] = vars(BaseException)["args"].__get__(error)
