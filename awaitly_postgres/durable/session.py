@@ -402,7 +402,9 @@ class Session:
                 committed = False
                 if self._in_doubt == key and step is not None and (lost or not refused):
                     # What has not come to its COMMIT will not, and holds the lease's row no longer.
-                    self._db.abandon(used)
+                    # One of the pool's has gone back by now, and may be at work for another thread.
+                    if used is not None and self.policy.transaction is not None:
+                        self._db.abandon(used)
                     committed = self._has_committed(key, step, error)
                 if not committed:
                     self._run.forget(key)
@@ -415,11 +417,16 @@ class Session:
                     raise self._db.translated(error) from error
                 if not (lost and committed):  # but for the reply, all went well
                     raise
-            self._settle_doubt(key)
+            # Not by a call: Python looks for signals when it enters a function, and what a handler
+            # raised there would leave in doubt what is committed.
+            self._in_doubt = None
         finally:
-            # Asked of the lock itself: an exception may have struck right after it was taken.
-            if self._turn._is_owned():  # type: ignore[attr-defined]
+            # Not asked for before: an exception may have struck right after it was taken, and could
+            # strike right after the question.
+            try:  # noqa: SIM105 - which is Python's code, to be struck in
                 self._turn.release()
+            except RuntimeError:  # not taken
+                pass
 
     def _settle_doubt(self, key: str) -> None:
         if self._in_doubt == key:
