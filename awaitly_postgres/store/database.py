@@ -20,7 +20,7 @@ from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 from ..errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
 from .connection import Connection, Row, execute, fetch, is_isolated, set_own_level
-from .pool import PATIENCE, Pool
+from .pool import PATIENCE, Pool, is_clean, stop
 from .statements import Statements
 
 __all__ = ["ROLLBACK", "Connection", "Database", "Row", "driver_error", "execute", "fetch"]
@@ -71,9 +71,7 @@ class Database:
         started, backoff = time.monotonic(), None
         while True:
             try:
-                with self._borrow() as pooled:
-                    self._make_tables_at_first(pooled)
-                    return work(pooled)
+                return self._lend(work)
             except (psycopg.Error, UnicodeEncodeError) as error:
                 if backoff is None:
                     patience = self.retry_for if retry_for is None else retry_for
@@ -85,8 +83,11 @@ class Database:
         backoff = _Backoff(time.monotonic() + self.retry_for)
         while True:
             try:
-                with self.pool.connect() as conn:
+                conn = self.pool.new_connection()
+                try:
                     return work(conn)
+                finally:
+                    conn.close()
             except psycopg.Error as error:
                 if not _is_transient(error) or not backoff.pause():
                     raise self._translate(error) from error
@@ -153,35 +154,44 @@ class Database:
         a pooled one. Errors of ``body`` and of the commit pass through as they are.
         """
         backoff = _Backoff(time.monotonic() + self.retry_for)
+        opened = False
+
+        def once(conn: Connection) -> T:
+            nonlocal opened
+            opened = True
+            return body(conn)
+
+        def in_transaction(conn: Connection) -> T:
+            with conn.transaction():
+                set_own_level(conn)
+                return once(conn)
+
         while True:
-            opened = False
             try:
-                with (opener or self._transaction)() as conn:
-                    opened = True
-                    return body(conn)
+                if opener is None:
+                    return self._lend(in_transaction)
+                with opener() as conn:
+                    return once(conn)
             except psycopg.Error as error:
                 if opened:
                     raise
                 self._pause_or_raise(error, backoff)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with self._borrow() as conn:
+    def _lend(self, work: Callable[[Connection], T]) -> T:
+        def with_tables(conn: Connection) -> T:
             self._make_tables_at_first(conn)
-            with conn.transaction():
-                set_own_level(conn)
-                yield conn
+            return work(conn)
 
-    def _borrow(self) -> AbstractContextManager[Connection]:
-        return self.pool.borrow(min(PATIENCE, self.retry_for) or PATIENCE)
+        return self.pool.lend(with_tables, min(PATIENCE, self.retry_for) or PATIENCE)
 
     def isolates(self, conn: Connection) -> bool:
         """Tell whether the transaction on ``conn`` sees the rows as they were when it began."""
         return is_isolated(conn)
 
-    def abandon(self, conn: Connection | None) -> None:
-        """Close a connection that an interrupt has kept this thread from giving back."""
-        self.pool.abandon(conn)
+    def abandon(self, conn: Connection) -> None:
+        """Close what an opener gave, if an interrupt has kept its transaction from being ended."""
+        if not is_clean(conn):
+            stop(conn)
 
     def new_connection(self) -> Connection:
         """Connect as the pool does, in autocommit mode."""

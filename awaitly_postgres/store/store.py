@@ -254,29 +254,35 @@ class SnapshotStore:
         Raises:
             AlreadyRunning: another holds it; says who, and until when.
         """
-        give_up_at = time.monotonic() + wait
-        while True:
-            try:
-                held = lease.acquire(self._db, id, self.key(id), ttl)
-                break
-            except AlreadyRunning:
-                left = give_up_at - time.monotonic()
-                if left <= 0:
-                    raise
-                time.sleep(min(left, 0.1))
-        renewal.keep_renewed(held)
-        holder = os.getpid()
+        give_up_at, holder = time.monotonic() + wait, os.getpid()
+        held: Lease | None = None
+        left = False
         try:
+            while held is None:
+                try:
+                    held = lease.acquire(self._db, id, self.key(id), ttl)
+                except AlreadyRunning:
+                    pause = min(give_up_at - time.monotonic(), 0.1)
+                    if pause <= 0:
+                        raise
+                    time.sleep(pause)
+            renewal.keep_renewed(held)
             yield held
-        except BaseException:
+            left = True
             renewal.stop_renewing(held)
             if os.getpid() == holder:  # a child forked inside the block leaves it as well
-                with suppress(AwaitlyError):  # what the block has raised matters more
-                    held.release()
+                held.release()
+        except BaseException:
+            # Of the block; or out of a signal handler, and then anywhere here. It matters more than
+            # what the release may raise, which may be a second one.
+            if held is not None:
+                renewal.stop_renewing(held)
+                if os.getpid() == holder:
+                    with suppress(AwaitlyError):
+                        lease.release(
+                            self._db, held.params, lease.RELEASE_TIMEOUT if left else None
+                        )
             raise
-        renewal.stop_renewing(held)
-        if os.getpid() == holder:
-            held.release()
 
     def close(self) -> None:
         """Close the pool, unless it is the caller's. The store cannot be used afterwards."""
