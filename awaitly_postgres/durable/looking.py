@@ -12,8 +12,7 @@ from .. import _json
 from .._checks import check_limit
 from ..errors import WorkflowCancelled, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot
-from ..store.rows import RunInfo, State, StepInfo, check_state, steps_of
-from ..store.store import decode_snapshot
+from ..store.rows import RunInfo, State, StepInfo, check_state, decode_snapshot, steps_of
 from ..workflow import failure as _failure
 from ..workflow.codec import decode
 from .options import Options
