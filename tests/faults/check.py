@@ -33,6 +33,29 @@ CREATE FUNCTION note_lease() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
   END IF;
   RETURN NULL;
 END $$;
+CREATE TABLE erased (id text, key text, who text DEFAULT current_setting('application_name'));
+CREATE FUNCTION note_erased() RETURNS trigger LANGUAGE plpgsql AS $$
+  DECLARE before jsonb; after jsonb;
+BEGIN
+  IF TG_TABLE_NAME = 'awaitly_snapshots' THEN
+    before := OLD.snapshot->'steps';
+    after := NEW.snapshot->'steps';
+  ELSIF TG_OP = 'UPDATE' THEN
+    before := jsonb_build_object(OLD.key, OLD.step);
+    after := jsonb_build_object(NEW.key, NEW.step);
+  ELSE
+    before := jsonb_build_object(OLD.key, OLD.step);
+    SELECT snapshot->'steps' INTO after FROM awaitly_snapshots WHERE id = OLD.id;
+  END IF;
+  INSERT INTO erased (id, key) SELECT OLD.id, was.key FROM jsonb_each(before) AS was
+    WHERE was.value->'ok' = 'true'
+    AND after->was.key->'value' IS DISTINCT FROM was.value->'value';
+  RETURN NULL;
+END $$;
+CREATE TRIGGER note_erased AFTER UPDATE ON awaitly_snapshots
+  FOR EACH ROW EXECUTE FUNCTION note_erased();
+CREATE TRIGGER note_erased AFTER UPDATE OR DELETE ON awaitly_snapshots_steps
+  FOR EACH ROW EXECUTE FUNCTION note_erased();
 CREATE TRIGGER note AFTER INSERT OR UPDATE ON awaitly_snapshots
   FOR EACH ROW EXECUTE FUNCTION note_write();
 CREATE TRIGGER note AFTER INSERT OR UPDATE ON awaitly_snapshots_steps
@@ -52,7 +75,7 @@ class Row:
     acknowledged: int = 0
     paused: int = 0  # failed after so many starts that their pause outlasted the test
     repeated: int = 0  # bodies that ran again, their first run not having been recorded
-    lost: int = 0  # acknowledged, and not stored or stored otherwise
+    lost: int = 0  # acknowledged, and not stored or stored otherwise; or not stored any more
     doubled: int = 0  # acknowledged with two results, or an effect that is not there once
     unfinished: int = 0
     overlaps: int = 0  # writes accepted from somebody who did not own the id
@@ -73,7 +96,7 @@ class Row:
 
 
 def prepare(url: str) -> None:
-    """Make the tables, and the triggers that note who writes under whose lease."""
+    """Make the tables, and the triggers that note who writes under whose lease, and over what."""
     with postgres(url) as store:
         store.create_tables()
     with psycopg.connect(url, autocommit=True) as conn:
@@ -106,6 +129,7 @@ def check(row: Row, url: str, folder: Path) -> None:
     row.repeated = sum(times - 1 for times in ran.values())
     _check_steps(row, url, got)
     with psycopg.connect(url, autocommit=True) as conn:
+        _check_erased(row, conn)
         _check_owners(row, conn)
         _check_leftovers(row, url, conn)
 
@@ -171,6 +195,13 @@ def _check_steps(row: Row, url: str, got: dict[tuple[str, str], set[str]]) -> No
             if snapshot and snapshot.execution.status == "completed" and (id, key) not in effects:
                 row.doubled += 1
                 row.remark(f"{id}/{key} is recorded and has no effect")
+
+
+def _check_erased(row: Row, conn: psycopg.Connection) -> None:
+    """A late write may be healed by the next one; here it shows all the same."""
+    for id, key, who in conn.execute("SELECT * FROM erased"):
+        row.lost += 1
+        row.remark(f"{id}/{key} was recorded and then erased or changed by {who}")
 
 
 def _check_owners(row: Row, conn: psycopg.Connection) -> None:
