@@ -434,6 +434,16 @@ def remove_standby(field: Field) -> None:
     field.cluster.configure(synchronous_standby_names="")
 
 
+def stop_backends(field: Field) -> None:
+    bad_network("stop")(field)
+    field.setup = replace(field.setup, roll_call=True)
+
+
+def has_come_late(field: Field) -> None:
+    if not proxy.spoilt(field.folder, "late"):
+        raise AssertionError("no run has gone on beside its stopped backend")
+
+
 # -- all together --------------------------------------------------------------------------
 
 
@@ -457,6 +467,7 @@ FAULTS = {
     "full disk": Fault(fill_disk, 2, 40, True, before=move_to_small_disk, after=leave_small_disk),
     "idle session": Fault(idle, 30, 1000, True, before=short_sessions, after=long_sessions),
     **{f"network {kind}": Fault(spoil, 15, 500, before=bad_network(kind)) for kind in proxy.KINDS},
+    "slow backend": Fault(spoil, 15, 500, True, before=stop_backends, after=has_come_late),
     "failover": Fault(fail_over, 1, 20, True, before=add_standby, after=remove_standby),
     "mixed": Fault(mixed, 12, 1000, before=bad_network(*proxy.KINDS)),
 }

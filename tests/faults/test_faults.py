@@ -31,6 +31,7 @@ FAULTS = [
     "network delay",
     "network drop",
     "network reply",
+    "slow backend",
     "failover",
     "mixed",
 ]

@@ -9,6 +9,7 @@ recorded otherwise than acknowledged, shows.
 # ruff: noqa: S311 - chance that can be repeated, not secrets
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -56,6 +57,8 @@ class Setup:
     slow: float = 0.0  # seconds, at most, that a body takes
     dies: tuple[str, int] | None = None  # "before" or "after" which of its statements
     forks: bool = False
+    pool: int = POOL
+    roll_call: bool = False  # at the end, the pool must have all of its connections
 
 
 class Notes:
@@ -146,7 +149,7 @@ def shared_id(nr: int) -> str:
 def connect(setup: Setup) -> SnapshotStore:
     # Names the process in what the server notes; a child that inherits the store has its own.
     os.environ["PGAPPNAME"] = f"faults-{os.getpid()}"
-    return postgres(setup.url, max_size=POOL, retry_for=setup.retry_for)
+    return postgres(setup.url, max_size=setup.pool, retry_for=setup.retry_for)
 
 
 def durable_on(store: SnapshotStore, setup: Setup) -> Durable:
@@ -191,7 +194,22 @@ def work(setup: Setup) -> None:
             one_turn(durable, chance)
             time.sleep(chance.random() * setup.idle)
         finish(durable)
+        if setup.roll_call:
+            roll_call(store, setup.pool)
     left_over()
+
+
+def roll_call(store: SnapshotStore, size: int) -> None:
+    """Have as many transactions meet as there are connections; a lost one leaves them waiting."""
+    gc.collect()  # a traceback may keep a connection
+    durable = Durable(store, on_complete="delete")
+    all_here = threading.Barrier(size)
+
+    def meet(step: Step) -> None:
+        step.transaction("meet", lambda conn: all_here.wait(30))
+
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(lambda nr: durable.run(f"meet-{os.getpid()}-{nr}", meet), range(size)))
 
 
 def finish(durable: Durable) -> None:
