@@ -108,6 +108,7 @@ def check(row: Row, url: str, folder: Path) -> None:
     _resume_paused(row, url, folder)
     ran: Counter[tuple[str, str]] = Counter()
     got: dict[tuple[str, str], set[str]] = defaultdict(set)
+    struck: Counter[str] = Counter()
     for line in (folder / "log").read_text().splitlines():
         pid, what, *words = line.split(" ")
         if what in ("ran", "got"):
@@ -122,11 +123,18 @@ def check(row: Row, url: str, folder: Path) -> None:
         elif what == "forked" and words[1] != "0":
             row.broke += 1
             row.remark(f"worker {pid}: its child ({words[0]}) ended with {words[1]}")
+        elif what == "interrupted":
+            struck[words[0]] += 1
+        elif what == "lease":
+            row.leftovers += 1
+            row.remark(f"worker {pid} was interrupted and has left the lease of {words[0]}")
         elif what == "thread":
             row.leftovers += 1
             row.remark(f"worker {pid} has left the thread {words[0]}")
     if late := proxy.spoilt(folder, "late"):
         row.remark(f"note: {late} writes came when their runs had gone on without them")
+    if struck:
+        row.remark(f"note: {struck['commit']} of {struck.total()} interrupts struck in a COMMIT")
     row.acknowledged = len(got)
     row.repeated = sum(times - 1 for times in ran.values())
     _check_steps(row, url, got)

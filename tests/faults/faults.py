@@ -256,10 +256,28 @@ def start_forking(field: Field) -> None:
         field.start_worker(forks=True)
 
 
-def fork(field: Field) -> int:
+def noted(what: str) -> Callable[[Field], int]:
     """The workers do it by themselves; count."""
-    time.sleep(0.1)
-    return field.fresh((field.folder / "log").read_bytes().count(b" forked "))
+
+    def inject(field: Field) -> int:
+        time.sleep(0.1)
+        return field.fresh((field.folder / "log").read_bytes().count(f" {what} ".encode()))
+
+    return inject
+
+
+def limit_times(field: Field) -> None:
+    """Interrupt the workers; a COMMIT takes a while, so that many strike when it is under way."""
+    with field.admin() as conn:
+        conn.execute(
+            "CREATE FUNCTION linger() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$BEGIN PERFORM pg_sleep(random() * 0.003); RETURN NULL; END$$"
+        )
+        conn.execute(
+            "CREATE CONSTRAINT TRIGGER linger AFTER INSERT ON effects "
+            "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION linger()"
+        )
+    field.setup = replace(field.setup, limited=True, pool=worker.AMPLE, roll_call=True)
 
 
 def start_with_other_clocks(field: Field) -> None:
@@ -458,7 +476,8 @@ FAULTS = {
     "kill": Fault(kill, 20, 1000),
     "boundary": Fault(boundary, 40, 1000, before=start_mortals, after=replace_mortals, pause=0.02),
     "zombie": Fault(zombie, 8, 120, before=slow_down, ttl=1.0),
-    "fork": Fault(fork, 12, 600, before=start_forking),
+    "fork": Fault(noted("forked"), 12, 600, before=start_forking),
+    "interrupt": Fault(noted("interrupted"), 60, 3000, before=limit_times),
     "clock": Fault(clock, 6, 120, before=start_with_other_clocks),
     "terminate": Fault(terminate, 40, 1500),
     "immediate restart": Fault(restart("immediate"), 3, 60, own_server=True),

@@ -20,6 +20,7 @@ FAULTS = [
     "boundary",
     "zombie",
     "fork",
+    "interrupt",
     "clock",
     "terminate",
     "immediate restart",

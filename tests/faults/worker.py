@@ -21,8 +21,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,12 @@ from awaitly_postgres import (
     StoreUnavailable,
     postgres,
 )
+from tests.test_interrupts import TimeLimit, in_threads
 
 SHARED = 24  # ids that all workers run, and that somebody has submitted
 LONG_PAUSE = 20.0  # seconds; a run that has been started often pauses for longer when it fails
 POOL = 3  # connections of one worker at most
+AMPLE = 8  # enough for nobody to wait for one, in locks that an interrupt may leave locked
 
 
 @dataclass
@@ -58,6 +61,7 @@ class Setup:
     dies: tuple[str, int] | None = None  # "before" or "after" which of its statements
     forks: bool = False
     pool: int = POOL
+    limited: bool = False  # a signal handler raises in its runs
     roll_call: bool = False  # at the end, the pool must have all of its connections
 
 
@@ -73,6 +77,7 @@ class Notes:
 
 notes: Notes
 slow = 0.0
+limited = False
 _counter = itertools.count()
 
 
@@ -134,12 +139,19 @@ def order(step: Step, id: str, seed: int) -> dict[str, str]:
         except Refused as error:
             notes.add("got", id, "gift!", error)
     if shape.random() < 0.2:
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(plain, ["left", "middle", "right"]))
+        fan_out(plain, ["left", "middle", "right"])
     if shape.random() < 0.1:
         got("stumble", step("stumble", stumble, "stumble"))
     exactly_once("ship", 300)
     return tokens
+
+
+def fan_out(work: Callable[[str], None], keys: list[str]) -> None:
+    if limited:  # an interrupt may leave an executor's locks locked
+        in_threads(lambda nr: work(keys[nr]), len(keys))
+    else:
+        with ThreadPoolExecutor(len(keys)) as pool:
+            list(pool.map(work, keys))
 
 
 def shared_id(nr: int) -> str:
@@ -149,7 +161,8 @@ def shared_id(nr: int) -> str:
 def connect(setup: Setup) -> SnapshotStore:
     # Names the process in what the server notes; a child that inherits the store has its own.
     os.environ["PGAPPNAME"] = f"faults-{os.getpid()}"
-    return postgres(setup.url, max_size=setup.pool, retry_for=setup.retry_for)
+    least = setup.pool if setup.limited else 0  # while it grows, one waits
+    return postgres(setup.url, min_size=least, max_size=setup.pool, retry_for=setup.retry_for)
 
 
 def durable_on(store: SnapshotStore, setup: Setup) -> Durable:
@@ -190,6 +203,8 @@ def work(setup: Setup) -> None:
     chance = random.Random(setup.seed)
     with connect(setup) as store:
         durable = durable_on(store, setup)
+        if setup.limited:
+            limited_turns(durable, setup, chance)
         while not is_calm(setup):
             one_turn(durable, chance)
             time.sleep(chance.random() * setup.idle)
@@ -254,6 +269,54 @@ def die_at(moment: str, number: int) -> None:
         return result
 
     psycopg.Connection.wait = counted
+
+
+def limited_turns(durable: Durable, setup: Setup, chance: random.Random) -> None:
+    """Take turns that a signal handler may end at any moment; no lease may be left by one."""
+    # What is raised inside a finalizer, Python swallows, and says so.
+    sys.unraisablehook = lambda unraisable: None
+    roll_call(durable.store, setup.pool)  # has all connections opened
+    ours = "SELECT workflow_id FROM awaitly_workflow_lock WHERE owner_token LIKE %s"
+    with psycopg.connect(setup.url, autocommit=True) as db, soft_limits(chance):
+        while not is_calm(setup):
+            try:
+                if chance.random() < 0.2:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0002, 0.05))
+                one_turn(durable, chance)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except (TimeLimit, KeyboardInterrupt):
+                pass
+            for (id,) in db.execute(ours, (f"%:{os.getpid()}:%",)).fetchall():
+                notes.add("lease", id)
+
+
+@contextmanager
+def soft_limits(chance: random.Random) -> Iterator[None]:
+    """Have SIGALRM raise in the main thread, and have it come when a COMMIT is about to be sent."""
+    leave = psycopg.Transaction.__exit__
+    committing = False
+
+    def leave_interrupted(self: Any, *error: Any) -> Any:
+        nonlocal committing
+        committing = error[0] is None
+        try:
+            if committing and chance.random() < 0.15:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.00001, 0.004))
+            return leave(self, *error)
+        finally:
+            committing = False
+
+    def interrupt(number: int, frame: object) -> None:
+        notes.add("interrupted", "commit" if committing else "elsewhere")
+        raise chance.choice((TimeLimit, KeyboardInterrupt))
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    psycopg.Transaction.__exit__ = leave_interrupted
+    try:
+        yield
+    finally:
+        psycopg.Transaction.__exit__ = leave
+        signal.signal(signal.SIGALRM, before)
 
 
 def fork_under_load(setup: Setup) -> None:
@@ -344,8 +407,8 @@ def spawned(setup: Setup, seed: int) -> None:
 
 def main(setup: Setup) -> None:
     """Be a worker; what it must not meet is noted as ``broke``."""
-    global notes, slow
-    notes, slow = Notes(setup.folder), setup.slow
+    global notes, slow, limited
+    notes, slow, limited = Notes(setup.folder), setup.slow, setup.limited
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it tells of each fault
     random.seed(f"{setup.seed}-{os.getpid()}")
     try:
