@@ -75,7 +75,7 @@ class Row:
     acknowledged: int = 0
     paused: int = 0  # failed after so many starts that their pause outlasted the test
     repeated: int = 0  # bodies that ran again, their first run not having been recorded
-    lost: int = 0  # acknowledged, and not stored or stored otherwise; or not stored any more
+    lost: int = 0  # acknowledged, and not stored or stored otherwise; erased; refused, and stored
     doubled: int = 0  # acknowledged with two results, or an effect that is not there once
     unfinished: int = 0
     overlaps: int = 0  # writes accepted from somebody who did not own the id
@@ -108,13 +108,16 @@ def check(row: Row, url: str, folder: Path) -> None:
     _resume_paused(row, url, folder)
     ran: Counter[tuple[str, str]] = Counter()
     got: dict[tuple[str, str], set[str]] = defaultdict(set)
+    refused: dict[tuple[str, str], set[str]] = defaultdict(set)
     struck: Counter[str] = Counter()
     for line in (folder / "log").read_text().splitlines():
         pid, what, *words = line.split(" ")
-        if what in ("ran", "got"):
+        if what in ("ran", "got", "refused"):
             id, key, token = words
             if what == "got":
                 got[id, key].add(token)
+            elif what == "refused":
+                refused[id, key].add(token)
             else:
                 ran[id, key] += 1
         elif what == "broke":
@@ -135,9 +138,12 @@ def check(row: Row, url: str, folder: Path) -> None:
         row.remark(f"note: {late} writes came when their runs had gone on without them")
     if struck:
         row.remark(f"note: {struck['commit']} of {struck.total()} interrupts struck in a COMMIT")
+    if refused:
+        number = sum(map(len, refused.values()))
+        row.remark(f"note: {number} steps of threads were refused, their runs having ended")
     row.acknowledged = len(got)
     row.repeated = sum(times - 1 for times in ran.values())
-    _check_steps(row, url, got)
+    _check_steps(row, url, got, refused)
     with psycopg.connect(url, autocommit=True) as conn:
         _check_erased(row, conn)
         _check_owners(row, conn)
@@ -160,7 +166,12 @@ def _resume_paused(row: Row, url: str, folder: Path) -> None:
                         break
 
 
-def _check_steps(row: Row, url: str, got: dict[tuple[str, str], set[str]]) -> None:
+def _check_steps(
+    row: Row,
+    url: str,
+    got: dict[tuple[str, str], set[str]],
+    refused: dict[tuple[str, str], set[str]],
+) -> None:
     with postgres(url, max_size=1) as store, psycopg.connect(url, autocommit=True) as conn:
         stored = {info.id: store.load(info.id) for info in store.iter()}
         effects: dict[tuple[str, str], list[str]] = defaultdict(list)
@@ -176,7 +187,12 @@ def _check_steps(row: Row, url: str, got: dict[tuple[str, str], set[str]]) -> No
             row.remark(f"{id} is {snapshot.execution.status}: {told}")
             continue
         # The output is what the last owner of the run was given, step by step.
+        # What was left to threads may or may not have come in time, and is in no output.
         tokens = {key: step.value["token"] for key, step in snapshot.steps.items() if step.ok}
+        for key in [key for key in tokens if tokens[key] in refused[id, key]]:
+            row.lost += 1
+            row.remark(f"{id}/{key} was refused as {tokens[key]} and is recorded")
+        tokens = {key: token for key, token in tokens.items() if not key.startswith("late-")}
         output = (snapshot.metadata or {})["output"]
         if tokens != output:
             row.lost += 1

@@ -280,6 +280,10 @@ def limit_times(field: Field) -> None:
     field.setup = replace(field.setup, limited=True, pool=worker.AMPLE, roll_call=True)
 
 
+def leave_threads(field: Field) -> None:
+    field.setup = replace(field.setup, hasty=True, roll_call=True)
+
+
 def start_with_other_clocks(field: Field) -> None:
     for nr in range(WORKERS):
         field.start_worker_at(("+3600", "-3600", "+0")[nr % 3])
@@ -478,6 +482,7 @@ FAULTS = {
     "zombie": Fault(zombie, 8, 120, before=slow_down, ttl=1.0),
     "fork": Fault(noted("forked"), 12, 600, before=start_forking),
     "interrupt": Fault(noted("interrupted"), 60, 3000, before=limit_times),
+    "threads": Fault(noted("left"), 60, 3000, before=leave_threads),
     "clock": Fault(clock, 6, 120, before=start_with_other_clocks),
     "terminate": Fault(terminate, 40, 1500),
     "immediate restart": Fault(restart("immediate"), 3, 60, own_server=True),

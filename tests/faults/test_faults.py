@@ -21,6 +21,7 @@ FAULTS = [
     "zombie",
     "fork",
     "interrupt",
+    "threads",
     "clock",
     "terminate",
     "immediate restart",

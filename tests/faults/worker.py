@@ -33,10 +33,13 @@ import psycopg
 from awaitly_postgres import (
     AlreadyRunning,
     Durable,
+    Event,
     LeaseLost,
     SnapshotStore,
     Step,
     StoreUnavailable,
+    WorkflowDrift,
+    WorkflowError,
     postgres,
 )
 from tests.test_interrupts import TimeLimit, in_threads
@@ -62,6 +65,7 @@ class Setup:
     forks: bool = False
     pool: int = POOL
     limited: bool = False  # a signal handler raises in its runs
+    hasty: bool = False  # its workflows do not wait for their threads
     roll_call: bool = False  # at the end, the pool must have all of its connections
 
 
@@ -78,6 +82,7 @@ class Notes:
 notes: Notes
 slow = 0.0
 limited = False
+hasty: Hasty | None = None
 _counter = itertools.count()
 
 
@@ -142,8 +147,78 @@ def order(step: Step, id: str, seed: int) -> dict[str, str]:
         fan_out(plain, ["left", "middle", "right"])
     if shape.random() < 0.1:
         got("stumble", step("stumble", stumble, "stumble"))
+    leave = None if hasty is None else hasty.start_threads(step, id, act)
     exactly_once("ship", 300)
+    if leave is not None:
+        leave()
     return tokens
+
+
+class Left(Exception):
+    """Raised by a workflow that leaves its threads at work."""
+
+
+class Hasty:
+    """Workflows give steps to a pool of threads that is the process's, and may end before them."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.threads = ThreadPoolExecutor(8)
+        self._over: dict[str, threading.Event] = {}  # by run: set when it has ended
+
+    def observe(self, event: Event) -> None:
+        if event.type.startswith("run_") and event.type != "run_started":
+            self._over.pop(str(event.workflow_id), threading.Event()).set()
+
+    def start_threads(self, step: Step, id: str, act: Callable[..., Any]) -> Callable[[], None]:
+        """Start them; the result is how the workflow leaves, which it calls last.
+
+        One is inside a step until the run has ended, so what it records is refused for certain.
+        """
+        how = "wait" if is_calm(self.setup) else random.choice(["raise", "return", "wait"])
+        over = self._over[id] = threading.Event()
+        inside = threading.Event()
+
+        def late(key: str, *, held: bool = False) -> None:
+            made: list[dict[str, str]] = []
+
+            def body() -> dict[str, str]:
+                inside.set()
+                made.append(act(key, random.choice([0, 500, 3000])))
+                if held and not over.wait(60):
+                    raise TimeoutError(f"the run of {id} has not ended")
+                return made[0]
+
+            try:
+                token = step(key, body)["token"]
+            except WorkflowError as error:
+                if type(error) is not WorkflowError:
+                    raise
+                notes.add("refused", id, key, made[0]["token"] if made else "nothing")
+            else:
+                notes.add("got", id, key, token)
+                if held and made:
+                    notes.add("broke", f"{id}/{key} was acknowledged when its run had ended")
+            finally:
+                inside.set()
+
+        def several(thread: int) -> None:
+            for part in "abc":
+                late(f"late-{thread}{part}")
+
+        def leave() -> None:
+            if how == "wait":
+                for future in futures:
+                    future.result()
+                return
+            inside.wait(60)
+            notes.add("left", id, how)
+            if how == "raise":
+                raise Left
+
+        futures = [self.threads.submit(late, "late-held", held=how != "wait")]
+        futures += [self.threads.submit(several, thread) for thread in range(3)]
+        return leave
 
 
 def fan_out(work: Callable[[str], None], keys: list[str]) -> None:
@@ -166,7 +241,8 @@ def connect(setup: Setup) -> SnapshotStore:
 
 
 def durable_on(store: SnapshotStore, setup: Setup) -> Durable:
-    durable = Durable(store, lock_ttl=setup.ttl, max_attempts=None)
+    observe = None if hasty is None else hasty.observe
+    durable = Durable(store, lock_ttl=setup.ttl, max_attempts=None, on_event=observe)
     durable.workflow(order)
     return durable
 
@@ -190,6 +266,13 @@ def one_turn(durable: Durable, chance: random.Random) -> None:
             raise  # a new id of our own: whoever has it is we ourselves
     except (LeaseLost, StoreUnavailable) as error:
         notes.add("met", type(error).__name__)
+    except (
+        Left,
+        WorkflowDrift,
+    ) as error:  # drift: it ended before it came to what threads had done
+        if hasty is None:
+            raise
+        notes.add("met", type(error).__name__)
     except (ConnectionResetError, psycopg.OperationalError) as error:
         notes.add("met", type(error).__name__)  # raised by a body, recorded, and tried again
 
@@ -209,6 +292,8 @@ def work(setup: Setup) -> None:
             one_turn(durable, chance)
             time.sleep(chance.random() * setup.idle)
         finish(durable)
+        if hasty is not None:
+            hasty.threads.shutdown()
         if setup.roll_call:
             roll_call(store, setup.pool)
     left_over()
@@ -407,8 +492,9 @@ def spawned(setup: Setup, seed: int) -> None:
 
 def main(setup: Setup) -> None:
     """Be a worker; what it must not meet is noted as ``broke``."""
-    global notes, slow, limited
+    global notes, slow, limited, hasty
     notes, slow, limited = Notes(setup.folder), setup.slow, setup.limited
+    hasty = Hasty(setup) if setup.hasty else None
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it tells of each fault
     random.seed(f"{setup.seed}-{os.getpid()}")
     try:
