@@ -64,6 +64,9 @@ CREATE TRIGGER note AFTER INSERT OR UPDATE OR DELETE ON awaitly_workflow_lock
   FOR EACH ROW EXECUTE FUNCTION note_lease();
 """
 
+POISON = "poison-"  # how the ids begin of what never comes to an end
+UNREADABLE = f"{POISON}unreadable-"
+
 
 @dataclass
 class Row:
@@ -145,6 +148,7 @@ def check(row: Row, url: str, folder: Path) -> None:
     row.repeated = sum(times - 1 for times in ran.values())
     _check_steps(row, url, got, refused)
     with psycopg.connect(url, autocommit=True) as conn:
+        _check_poison(row, conn)
         _check_erased(row, conn)
         _check_owners(row, conn)
         _check_leftovers(row, url, conn)
@@ -158,6 +162,8 @@ def _resume_paused(row: Row, url: str, folder: Path) -> None:
         durable.workflow(worker.order)
         now = datetime.now(timezone.utc).isoformat()
         for info in list(store.iter(status="failed")):
+            if info.id.startswith(POISON):
+                continue
             if (store.load(info.id).metadata or {})["wakeAt"] > now:
                 row.paused += 1
                 for _ in range(50):  # it may fail again
@@ -173,7 +179,8 @@ def _check_steps(
     refused: dict[tuple[str, str], set[str]],
 ) -> None:
     with postgres(url, max_size=1) as store, psycopg.connect(url, autocommit=True) as conn:
-        stored = {info.id: store.load(info.id) for info in store.iter()}
+        ids = [info.id for info in store.iter() if not info.id.startswith(POISON)]
+        stored = {id: store.load(id) for id in ids}
         effects: dict[tuple[str, str], list[str]] = defaultdict(list)
         for id, key, token in conn.execute("SELECT * FROM effects"):
             effects[id, key].append(token)
@@ -221,6 +228,35 @@ def _check_steps(
             if snapshot and snapshot.execution.status == "completed" and (id, key) not in effects:
                 row.doubled += 1
                 row.remark(f"{id}/{key} is recorded and has no effect")
+
+
+def poison_left(conn: psycopg.Connection) -> list[str]:
+    """Return what has not been given up yet, or is still held by a process that it has ended.
+
+    What is no snapshot at all is never started, so that it does not count.
+    """
+    query = (
+        "SELECT id FROM awaitly_snapshots WHERE starts_with(id, %s) AND NOT starts_with(id, %s) "
+        "AND snapshot->'metadata'->'attempts' IS DISTINCT FROM to_jsonb(%s::int) "
+        "UNION SELECT workflow_id FROM awaitly_workflow_lock "
+        "WHERE starts_with(workflow_id, %s) AND expires_at > clock_timestamp()"
+    )
+    values = (POISON, UNREADABLE, worker.MAX_ATTEMPTS, POISON)
+    return [id for (id,) in conn.execute(query, values).fetchall()]
+
+
+def _check_poison(row: Row, conn: psycopg.Connection) -> None:
+    for id in poison_left(conn):
+        row.unfinished += 1
+        row.remark(f"{id} has not come to {worker.MAX_ATTEMPTS} starts")
+    wrong = (
+        "SELECT id FROM awaitly_snapshots WHERE starts_with(id, %s) "
+        "AND (snapshot->'execution'->>'status' = 'completed' "
+        "OR starts_with(id, %s) AND updated_at <> '2000-01-01')"
+    )
+    for (id,) in conn.execute(wrong, (POISON, UNREADABLE)):
+        row.lost += 1
+        row.remark(f"{id} was written to, or has completed")
 
 
 def _check_erased(row: Row, conn: psycopg.Connection) -> None:

@@ -20,11 +20,12 @@ from typing import Any
 
 import psycopg
 from psycopg.conninfo import make_conninfo
+from psycopg.types.json import Jsonb
 
 from awaitly_postgres import Durable, postgres
 
 from . import proxy, worker
-from .check import Row, check, prepare
+from .check import Row, check, poison_left, prepare
 from .cluster import Cluster, free_port
 from .worker import SHARED, Setup, shared_id
 
@@ -303,6 +304,66 @@ def _libfaketime() -> str:
     raise NotHere("libfaketime is not installed (Debian: apt-get install faketime)")
 
 
+# -- the queue -----------------------------------------------------------------------------
+
+# What is written over a run that was submitted: where, and what. The last two are no snapshots.
+POISON = {
+    "kill": ("metadata", "attempts", 0),
+    "exit": ("metadata", "attempts", 0),
+    "nonsense": ("metadata", "attempts", "many"),
+    "pause": ("metadata", "wakeAt", -1),
+    "drift": ("steps", "zeroth", {"ok": True, "value": 1, "meta": {"seq": 1}}),
+    "input": ("metadata", "input", {"args": [], "kwargs": {"amount": 1}}),
+    "version": ("metadata", "version", 99),
+    "unreadable-step": ("steps", "reserve", {"ok": "perhaps"}),
+    "unreadable-execution": ("execution", "status", ["running"]),
+}
+
+
+def expect_poison(field: Field) -> None:
+    field.setup = replace(field.setup, poison=True, roll_call=True)
+
+
+def poison(field: Field) -> int:
+    """Put one at the head of the queue and a good one at its end, and replace who has died."""
+    replace_dead(field)
+    kind = list(POISON)[field.seen % len(POISON)]
+    field.seen += 1
+    place, name, value = POISON[kind]
+    id, good = f"poison-{kind}-{field.seen}", f"own-0-{field.seen:x}"
+    durable = Durable(postgres(field.url))  # opens nothing
+    for fn in (worker.order, worker.deadly):
+        durable.workflow(fn)
+    with field.admin() as conn, conn.transaction():
+        durable.submit(good, worker.order, good, field.seen, conn=conn)
+        if kind in ("kill", "exit", "nonsense", "pause"):
+            durable.submit(id, worker.deadly, kind, conn=conn)
+        else:
+            durable.submit(id, worker.order, id, field.seen, conn=conn)
+        conn.execute(
+            "UPDATE awaitly_snapshots SET updated_at = '2000-01-01', "
+            "snapshot = jsonb_set(snapshot, ARRAY[%s, %s], %s) WHERE id = %s",
+            (place, name, Jsonb(value), id),
+        )
+    return 1
+
+
+def replace_dead(field: Field) -> None:
+    for _ in field.reap():
+        field.start_worker()
+
+
+def outlive_poison(field: Field) -> None:
+    """Replace who dies until no poison is started any more."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        replace_dead(field)
+        with field.admin() as conn:
+            if not poison_left(conn):
+                return
+        time.sleep(0.1)
+
+
 # -- the server ----------------------------------------------------------------------------
 
 
@@ -481,8 +542,9 @@ FAULTS = {
     "boundary": Fault(boundary, 40, 1000, before=start_mortals, after=replace_mortals, pause=0.02),
     "zombie": Fault(zombie, 8, 120, before=slow_down, ttl=1.0),
     "fork": Fault(noted("forked"), 12, 600, before=start_forking),
-    "interrupt": Fault(noted("interrupted"), 60, 3000, before=limit_times),
-    "threads": Fault(noted("left"), 60, 3000, before=leave_threads),
+    "interrupt": Fault(noted("interrupted"), 40, 1000, before=limit_times),
+    "threads": Fault(noted("left"), 60, 1000, before=leave_threads),
+    "poison": Fault(poison, 18, 600, before=expect_poison, after=outlive_poison),
     "clock": Fault(clock, 6, 120, before=start_with_other_clocks),
     "terminate": Fault(terminate, 40, 1500),
     "immediate restart": Fault(restart("immediate"), 3, 60, own_server=True),

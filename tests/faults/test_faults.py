@@ -22,6 +22,7 @@ FAULTS = [
     "fork",
     "interrupt",
     "threads",
+    "poison",
     "clock",
     "terminate",
     "immediate restart",

@@ -47,6 +47,8 @@ from tests.test_interrupts import TimeLimit, in_threads
 SHARED = 24  # ids that all workers run, and that somebody has submitted
 LONG_PAUSE = 20.0  # seconds; a run that has been started often pauses for longer when it fails
 POOL = 3  # connections of one worker at most
+MAX_ATTEMPTS = 3  # where there is poison
+GOOD = ("own-", "shared-")  # how the ids begin of what must come to an end
 AMPLE = 8  # enough for nobody to wait for one, in locks that an interrupt may leave locked
 
 
@@ -65,6 +67,7 @@ class Setup:
     forks: bool = False
     pool: int = POOL
     limited: bool = False  # a signal handler raises in its runs
+    poison: bool = False  # runs that end the process are among the others
     hasty: bool = False  # its workflows do not wait for their threads
     roll_call: bool = False  # at the end, the pool must have all of its connections
 
@@ -82,6 +85,7 @@ class Notes:
 notes: Notes
 slow = 0.0
 limited = False
+stumbling = 0.3  # how often a body fails that may
 hasty: Hasty | None = None
 _counter = itertools.count()
 
@@ -119,7 +123,7 @@ def order(step: Step, id: str, seed: int) -> dict[str, str]:
         raise Refused(act(key)["token"])
 
     def stumble(key: str) -> dict[str, str]:
-        if random.random() < 0.3:
+        if random.random() < stumbling:
             raise ConnectionResetError("the other side")
         return act(key)
 
@@ -152,6 +156,13 @@ def order(step: Step, id: str, seed: int) -> dict[str, str]:
     if leave is not None:
         leave()
     return tokens
+
+
+def deadly(step: Step, how: str) -> None:
+    """A workflow that takes its process along before its first step."""
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    os._exit(3)
 
 
 class Left(Exception):
@@ -242,8 +253,10 @@ def connect(setup: Setup) -> SnapshotStore:
 
 def durable_on(store: SnapshotStore, setup: Setup) -> Durable:
     observe = None if hasty is None else hasty.observe
-    durable = Durable(store, lock_ttl=setup.ttl, max_attempts=None, on_event=observe)
+    most = MAX_ATTEMPTS if setup.poison else None
+    durable = Durable(store, lock_ttl=setup.ttl, max_attempts=most, on_event=observe)
     durable.workflow(order)
+    durable.workflow(deadly)
     return durable
 
 
@@ -318,7 +331,10 @@ def finish(durable: Durable) -> None:
     while True:
         try:
             durable.resume_pending(limit=5)
-            running, failed = (durable.store.list(status=s, limit=1) for s in ("running", "failed"))
+            running, failed = (
+                [info for good in GOOD for info in durable.store.list(good, status=status, limit=1)]
+                for status in ("running", "failed")
+            )
             if not running and not (failed and time.monotonic() < enough):
                 return
         except StoreUnavailable:
@@ -492,8 +508,9 @@ def spawned(setup: Setup, seed: int) -> None:
 
 def main(setup: Setup) -> None:
     """Be a worker; what it must not meet is noted as ``broke``."""
-    global notes, slow, limited, hasty
+    global notes, slow, limited, stumbling, hasty
     notes, slow, limited = Notes(setup.folder), setup.slow, setup.limited
+    stumbling = 0 if setup.poison else stumbling  # it could be given up like poison
     hasty = Hasty(setup) if setup.hasty else None
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it tells of each fault
     random.seed(f"{setup.seed}-{os.getpid()}")
