@@ -52,6 +52,8 @@ class Proxy:
         self._late = os.open(self._folder / "late", os.O_APPEND | os.O_CREAT | os.O_WRONLY)
         self._answered: Counter[bytes] = Counter()  # requests, by the run that they are about
         self._answer = asyncio.Condition()
+        # Of a task that waits for a stream, asyncio itself keeps only weak references.
+        self._connections: set[asyncio.Task[None] | None] = set()
 
     async def serve(self) -> None:
         server = await asyncio.start_server(self._connected, "127.0.0.1", self.port)
@@ -65,6 +67,8 @@ class Proxy:
             writer.transport.abort()
             return
         link = Link(writer, up_writer)
+        me = asyncio.current_task()
+        self._connections.add(me)
         pumps = [
             asyncio.ensure_future(self._pump(reader, up_writer, link, request=True)),
             asyncio.ensure_future(self._pump(up_reader, writer, link, request=False)),
@@ -77,6 +81,7 @@ class Proxy:
             for end in (writer, up_writer):
                 end.transport.abort()
             await asyncio.gather(*pumps, return_exceptions=True)
+            self._connections.discard(me)
 
     async def _pump(
         self,
