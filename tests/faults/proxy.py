@@ -22,6 +22,7 @@ STOPPED = 1.0  # seconds, at most, that a backend is stopped
 GREETING = re.compile(b"K\0\0\0\x0c(.{4}).{4}" + READY + rb"I\Z", re.DOTALL)  # has its process id
 RUN = re.compile(rb"(?:own-\d+-[0-9a-f]+|shared-\d+)\b")
 WRITE = re.compile(rb":\d+:[0-9a-f]{16}|COMMIT")  # names a lease, or ends a transaction
+WHOLE = (b"S\0\0\0\4", b"COMMIT\0")  # how requests end; a long one comes in parts
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Link:
     client: asyncio.StreamWriter
     server: asyncio.StreamWriter
     backend: int = 0  # its process
+    request: bytes = b""  # the one that is not answered yet, as far as it has come
     run: bytes = b""  # what the last request was about
     lost: asyncio.Event = field(default_factory=asyncio.Event)  # swallow the answer
 
@@ -94,6 +96,7 @@ class Proxy:
         with suppress(OSError):
             while data := await source.read(65536):
                 if request:
+                    link.request += data
                     named = RUN.search(data)
                     link.run = named[0] if named else link.run
                 elif link.lost.is_set():
@@ -102,7 +105,8 @@ class Proxy:
                     continue
                 elif not link.backend and (greeting := GREETING.search(data)):
                     link.backend = int.from_bytes(greeting[1], "big")
-                kind = self._dice(stoppable=request and link.backend and WRITE.search(data))
+                whole = request and link.backend and link.request.endswith(WHOLE)
+                kind = self._dice(stoppable=whole and WRITE.search(link.request))
                 if kind == "stop":
                     await self._stop(link, data)
                 if kind == "cut":
@@ -121,6 +125,7 @@ class Proxy:
                 target.write(data)
                 await target.drain()
                 if data[-6:-1] == READY and not request:
+                    link.request = b""
                     async with self._answer:
                         self._answered[link.run] += 1
                         self._answer.notify_all()
