@@ -46,6 +46,7 @@ BEGIN
   ELSE
     before := jsonb_build_object(OLD.key, OLD.step);
     SELECT snapshot->'steps' INTO after FROM awaitly_snapshots WHERE id = OLD.id;
+    IF NOT FOUND THEN RETURN NULL; END IF;  -- the run was deleted, not a step of it
   END IF;
   INSERT INTO erased (id, key) SELECT OLD.id, was.key FROM jsonb_each(before) AS was
     WHERE was.value->'ok' = 'true'
