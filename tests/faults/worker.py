@@ -42,7 +42,7 @@ from awaitly_postgres import (
     WorkflowError,
     postgres,
 )
-from tests.test_interrupts import TimeLimit, in_threads
+from tests.support import TimeLimit, in_threads
 
 SHARED = 24  # ids that all workers run, and that somebody has submitted
 LONG_PAUSE = 20.0  # seconds; a run that has been started often pauses for longer when it fails
