@@ -13,8 +13,9 @@ import psycopg
 
 from awaitly_postgres import Durable, postgres
 
-from . import proxy, worker
-from .worker import value_of
+from . import proxy, workload
+from .turns import MAX_ATTEMPTS
+from .workload import Setup, value_of
 
 SCHEMA = """
 CREATE TABLE effects (id text, key text, token text);
@@ -66,7 +67,9 @@ CREATE TRIGGER note AFTER INSERT OR UPDATE OR DELETE ON awaitly_workflow_lock
 """
 
 POISON = "poison-"  # how the ids begin of what never comes to an end
-UNREADABLE = f"{POISON}unreadable-"
+FOREIGN = "foreign-"  # ... and of what cannot even be started
+# What a step of a thread may meet whose run has ended, or drifted, or is another worker's now.
+REFUSALS = {"WorkflowError", "Interrupted", "LeaseLost"}
 
 
 @dataclass
@@ -114,6 +117,7 @@ def check(row: Row, url: str, folder: Path) -> None:
     got: dict[tuple[str, str], set[str]] = defaultdict(set)
     refused: dict[tuple[str, str], set[str]] = defaultdict(set)
     struck: Counter[str] = Counter()
+    refused_by: Counter[str] = Counter()
     for line in (folder / "log").read_text().splitlines():
         pid, what, *words = line.split(" ")
         if what in ("ran", "got", "refused"):
@@ -132,6 +136,8 @@ def check(row: Row, url: str, folder: Path) -> None:
             row.remark(f"worker {pid}: its child ({words[0]}) ended with {words[1]}")
         elif what == "interrupted":
             struck[words[0]] += 1
+        elif what == "refused_by":
+            refused_by[words[0]] += 1
         elif what == "lease":
             row.leftovers += 1
             row.remark(f"worker {pid} was interrupted and has left the lease of {words[0]}")
@@ -142,9 +148,13 @@ def check(row: Row, url: str, folder: Path) -> None:
         row.remark(f"note: {late} writes came when their runs had gone on without them")
     if struck:
         row.remark(f"note: {struck['commit']} of {struck.total()} interrupts struck in a COMMIT")
-    if refused:
-        number = sum(map(len, refused.values()))
-        row.remark(f"note: {number} steps of threads were refused, their runs having ended")
+    if refused_by:
+        row.remark(
+            f"note: steps of threads were refused, their runs having ended: {dict(refused_by)}"
+        )
+    for name in refused_by.keys() - REFUSALS:
+        row.broke += 1
+        row.remark(f"{refused_by[name]} steps of threads met {name}")
     row.acknowledged = len(got)
     row.repeated = sum(times - 1 for times in ran.values())
     _check_steps(row, url, got, refused)
@@ -157,13 +167,13 @@ def check(row: Row, url: str, folder: Path) -> None:
 
 def _resume_paused(row: Row, url: str, folder: Path) -> None:
     """Finish, without waiting, what waits for the next try after a failure."""
-    worker.notes = worker.Notes(str(folder))
+    workload.begin(Setup(url, str(folder), seed=0, ttl=30))
     with postgres(url, max_size=2) as store:
         durable = Durable(store)
-        durable.workflow(worker.order)
+        durable.workflow(workload.order)
         now = datetime.now(timezone.utc).isoformat()
         for info in list(store.iter(status="failed")):
-            if info.id.startswith(POISON):
+            if info.id.startswith((POISON, FOREIGN)):
                 continue
             if (store.load(info.id).metadata or {})["wakeAt"] > now:
                 row.paused += 1
@@ -180,7 +190,8 @@ def _check_steps(
     refused: dict[tuple[str, str], set[str]],
 ) -> None:
     with postgres(url, max_size=1) as store, psycopg.connect(url, autocommit=True) as conn:
-        ids = [info.id for info in store.iter() if not info.id.startswith(POISON)]
+        ids = [info.id for info in store.iter()]
+        ids = [id for id in ids if not id.startswith((POISON, FOREIGN))]
         stored = {id: store.load(id) for id in ids}
         effects: dict[tuple[str, str], list[str]] = defaultdict(list)
         for id, key, token in conn.execute("SELECT * FROM effects"):
@@ -232,30 +243,26 @@ def _check_steps(
 
 
 def poison_left(conn: psycopg.Connection) -> list[str]:
-    """Return what has not been given up yet, or is still held by a process that it has ended.
-
-    What is no snapshot at all is never started, so that it does not count.
-    """
+    """Return what has not been given up yet, or is still held by a process that it has ended."""
     query = (
-        "SELECT id FROM awaitly_snapshots WHERE starts_with(id, %s) AND NOT starts_with(id, %s) "
+        "SELECT id FROM awaitly_snapshots WHERE starts_with(id, %s) "
         "AND snapshot->'metadata'->'attempts' IS DISTINCT FROM to_jsonb(%s::int) "
         "UNION SELECT workflow_id FROM awaitly_workflow_lock "
         "WHERE starts_with(workflow_id, %s) AND expires_at > clock_timestamp()"
     )
-    values = (POISON, UNREADABLE, worker.MAX_ATTEMPTS, POISON)
-    return [id for (id,) in conn.execute(query, values).fetchall()]
+    return [id for (id,) in conn.execute(query, (POISON, MAX_ATTEMPTS, POISON)).fetchall()]
 
 
 def _check_poison(row: Row, conn: psycopg.Connection) -> None:
     for id in poison_left(conn):
         row.unfinished += 1
-        row.remark(f"{id} has not come to {worker.MAX_ATTEMPTS} starts")
+        row.remark(f"{id} has not come to {MAX_ATTEMPTS} starts")
     wrong = (
         "SELECT id FROM awaitly_snapshots WHERE starts_with(id, %s) "
-        "AND (snapshot->'execution'->>'status' = 'completed' "
-        "OR starts_with(id, %s) AND updated_at <> '2000-01-01')"
+        "AND snapshot->'execution'->>'status' = 'completed' "
+        "OR starts_with(id, %s) AND updated_at <> '2000-01-01'"
     )
-    for (id,) in conn.execute(wrong, (POISON, UNREADABLE)):
+    for (id,) in conn.execute(wrong, (POISON, FOREIGN)):
         row.lost += 1
         row.remark(f"{id} was written to, or has completed")
 
