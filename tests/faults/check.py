@@ -14,7 +14,7 @@ import psycopg
 from awaitly_postgres import Durable, postgres
 
 from . import proxy, workload
-from .turns import MAX_ATTEMPTS
+from .turns import GOOD, MAX_ATTEMPTS
 from .workload import Setup, value_of
 
 SCHEMA = """
@@ -173,7 +173,7 @@ def _resume_paused(row: Row, url: str, folder: Path) -> None:
         durable.workflow(workload.order)
         now = datetime.now(timezone.utc).isoformat()
         for info in list(store.iter(status="failed")):
-            if info.id.startswith((POISON, FOREIGN)):
+            if not info.id.startswith(GOOD):
                 continue
             if (store.load(info.id).metadata or {})["wakeAt"] > now:
                 row.paused += 1
@@ -190,8 +190,7 @@ def _check_steps(
     refused: dict[tuple[str, str], set[str]],
 ) -> None:
     with postgres(url, max_size=1) as store, psycopg.connect(url, autocommit=True) as conn:
-        ids = [info.id for info in store.iter()]
-        ids = [id for id in ids if not id.startswith((POISON, FOREIGN))]
+        ids = [info.id for info in store.iter() if info.id.startswith(GOOD)]
         stored = {id: store.load(id) for id in ids}
         effects: dict[tuple[str, str], list[str]] = defaultdict(list)
         for id, key, token in conn.execute("SELECT * FROM effects"):

@@ -306,7 +306,7 @@ FAULTS = {
     "full disk": Fault(fill_disk, 2, 40, True, before=move_to_small_disk, after=leave_small_disk),
     "idle session": Fault(idle, 30, 1000, True, before=short_sessions, after=long_sessions),
     **{f"network {kind}": Fault(spoil, 15, 500, before=bad_network(kind)) for kind in proxy.KINDS},
-    "slow backend": Fault(spoil, 15, 500, True, before=stop_backends, after=has_come_late),
+    "slow backend": Fault(spoil, 60, 1000, True, before=stop_backends, after=has_come_late),
     "failover": Fault(fail_over, 1, 20, True, before=add_standby, after=remove_standby),
     "mixed": Fault(mixed, 12, 1000, before=bad_network(*proxy.KINDS)),
 }

@@ -17,7 +17,7 @@ KINDS = ("cut", "delay", "drop", "reply")
 CHANCE = 0.004  # that a given chunk is spoilt
 READY = b"Z\0\0\0\5"  # begins the last message of an answer, one byte from its end
 
-STOP_CHANCE = 0.02  # that a given write is held up by its backend
+STOP_CHANCE = 0.05  # that a given write is held up by its backend
 STOPPED = 1.0  # seconds, at most, that a backend is stopped
 GREETING = re.compile(b"K\0\0\0\x0c(.{4}).{4}" + READY + rb"I\Z", re.DOTALL)  # has its process id
 RUN = re.compile(rb"(?:own-\d+-[0-9a-f]+|shared-\d+)\b")
@@ -143,7 +143,7 @@ class Proxy:
                 await asyncio.sleep(self._chance.uniform(0, 0.001))
                 os.kill(link.backend, signal.SIGSTOP)
             link.client.transport.abort()
-            goal = self._answered[link.run] + self._chance.randint(1, 6)
+            goal = self._answered[link.run] + self._chance.randint(2, 6)
             async with self._answer:
                 gone_on = self._answer.wait_for(lambda: self._answered[link.run] >= goal)
                 await asyncio.wait_for(gone_on, STOPPED)
