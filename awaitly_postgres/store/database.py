@@ -19,8 +19,17 @@ from psycopg import errors as pg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 from ..errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
-from .connection import Connection, Row, execute, fetch, is_isolated, set_own_level
-from .pool import PATIENCE, Pool, is_clean, stop
+from .connection import (
+    Connection,
+    Row,
+    execute,
+    fetch,
+    is_clean,
+    is_isolated,
+    set_own_level,
+    stop,
+)
+from .pool import PATIENCE, Pool
 from .statements import Statements
 
 __all__ = ["ROLLBACK", "Connection", "Database", "Row", "driver_error", "execute", "fetch"]
@@ -191,7 +200,8 @@ class Database:
     def abandon(self, conn: Connection) -> None:
         """Close what an opener gave, if an interrupt has kept its transaction from being ended."""
         if not is_clean(conn):
-            stop(conn)
+            with suppress(psycopg.Error):  # closed it is in any case
+                stop(conn)
 
     def new_connection(self) -> Connection:
         """Connect as the pool does, in autocommit mode."""

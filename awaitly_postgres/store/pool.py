@@ -26,9 +26,11 @@ from .._checks import check_limit
 from ..errors import StoreError
 from .connection import (
     Connection,
+    is_clean,
     set_own_default_level,
     set_read_committed,
     set_up_prepared_statements,
+    stop,
 )
 
 T = TypeVar("T")
@@ -285,10 +287,10 @@ class _Loan:
             # of it, or nobody has it, and it finds its way back as soon as we let go of it.
             self.conn = None
             return
-        if not is_clean(conn):
-            stop(conn)
-        else:
-            with suppress(psycopg.Error):  # broken: the pool will see it, too
+        with suppress(psycopg.Error):  # broken: the pool will see it, too
+            if not is_clean(conn):
+                stop(conn)
+            else:
                 if not isinstance(conn, _OwnConnection):
                     set_own_default_level(conn)
                 if not self._autocommit:
@@ -335,26 +337,6 @@ class _OwnConnection(psycopg.Connection[Any]):
         self._pool = pool
         pool.putconn(self)
         self._pool = None
-
-
-def is_clean(conn: Connection) -> bool:
-    """Tell whether no transaction is open, in the server or in psycopg's book-keeping."""
-    status = conn.pgconn.transaction_status
-    if status == psycopg.pq.TransactionStatus.UNKNOWN:
-        return True  # closed: the pool sees to it
-    nested = getattr(conn, "_num_transactions", 0)
-    return status == psycopg.pq.TransactionStatus.IDLE and not nested
-
-
-def stop(conn: Connection) -> None:
-    """Close a connection in whose use an exception out of a signal handler has struck.
-
-    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing is
-    stopped first, lest it be done after what follows here.
-    """
-    with suppress(psycopg.Error):
-        conn.cancel_safe(timeout=PATIENCE)
-    conn.close()
 
 
 def _parse(conninfo: str) -> dict[str, Any]:
