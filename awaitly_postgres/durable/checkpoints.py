@@ -16,9 +16,10 @@ from ..errors import LeaseLost, StoreUnavailable, WorkflowError
 from ..store.database import Connection, Database, execute, fetch
 from ..store.rows import decode_snapshot
 from ..store.statements import Statements
+from ..store.transaction import OpenTransaction
 from ..workflow.history import History
 from .pending import pause_after
-from .transaction import OpenTransaction, StepTransaction
+from .transaction import StepTransaction
 
 # Both in characters. PostgreSQL moves a row larger than IN_ROW to its TOAST table, and rewriting it
 # there costs more than appending a step. Folding the journal is not worth it below FOLDED.

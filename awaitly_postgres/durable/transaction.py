@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from attrs import define, field
 
 from ..errors import LeaseLost, StoreUnavailable
-from ..store.database import ROLLBACK, Connection, Transaction, driver_error, fetch
+from ..store.database import ROLLBACK, Connection, driver_error, fetch
+from ..store.transaction import Transaction
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoints, Written
-
-OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 
 
 @define(eq=False)
@@ -36,7 +35,7 @@ class StepTransaction:
     _committed: bool = False
 
     def __attrs_post_init__(self) -> None:
-        self._transaction = self._run.db.transaction(self._run.open_transaction)
+        self._transaction = Transaction(self._run.db, self._run.open_transaction)
 
     def __enter__(self) -> Connection:
         run = self._run

@@ -10,17 +10,23 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import psycopg
-from attrs import define, field
+from attrs import define
 from psycopg import errors as pg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 from ..errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
-from .connection import Connection, Row, execute, fetch, is_isolated, set_own_level
-from .pool import PATIENCE, Loan, Pool, is_clean, stop
+from .connection import (
+    Connection,
+    Row,
+    execute,
+    fetch,
+    is_isolated,
+)
+from .pool import PATIENCE, Pool
 from .statements import Statements
 
 __all__ = ["ROLLBACK", "Connection", "Database", "Row", "driver_error", "execute", "fetch"]
@@ -142,16 +148,6 @@ class Database:
             if status != "in progress":
                 return bool(status == "committed")
             time.sleep(0.05)
-
-    def transaction(
-        self, opener: Callable[[], AbstractContextManager[Connection]] | None = None
-    ) -> Transaction:
-        """Return one transaction, to be begun.
-
-        ``opener`` gives a connection inside a transaction that commits when it closes; by default
-        it is one of the pool.
-        """
-        return Transaction(self, opener)
 
     def _lend(self, work: Callable[[Connection], T]) -> T:
         def with_tables(conn: Connection) -> T:
@@ -309,61 +305,6 @@ class Database:
         fetch(conn, set_timeout, {"value": _DDL_PATIENCE})
         fetch(conn, self.sql.serialize_ddl, {"name": ",".join(self.sql.regclasses.values())})
         fetch(conn, set_timeout, {"value": before})
-
-
-@define(eq=False)
-class Transaction:
-    """One transaction whose connection is not lost, wherever an interrupt strikes.
-
-    No context manager holds the connection, for an exception out of a signal handler may strike
-    after one is entered and before its block is, or before it is left. Whoever begins one calls
-    `give_up` when anything has been raised since.
-    """
-
-    _db: Database
-    _opener: Callable[[], AbstractContextManager[Connection]] | None
-    _loan: Loan | None = None
-    _conn: Connection | None = None
-    _open: ExitStack = field(factory=ExitStack)
-
-    def begin(self) -> Connection:
-        """Open it. Only that is tried again while the trouble is transient."""
-        backoff = Backoff(time.monotonic() + self._db.retry_for)
-        while True:
-            try:
-                self._conn = self._begin()
-                return self._conn
-            except psycopg.Error as error:
-                self.give_up(error)
-                self._db.pause_or_raise(error, backoff)
-
-    def _begin(self) -> Connection:
-        if self._opener is not None:
-            return self._open.enter_context(self._opener())
-        self._loan = self._db.pool.loan()
-        conn = self._loan.take(self._db.patience)
-        self._db.make_tables_at_first(conn)
-        self._open.enter_context(conn.transaction())
-        set_own_level(conn)
-        return conn
-
-    def end(self, error: BaseException | None) -> None:
-        """Commit, or roll back if there was an error; its errors pass through as they are."""
-        kind, traceback = (type(error), error.__traceback__) if error else (None, None)
-        self._open.__exit__(kind, error, traceback)
-        if self._loan is not None:
-            self._loan.give_back()
-
-    def give_up(self, error: BaseException) -> bool:
-        """Roll back what is still open and let go of the connection; return whether it was lost."""
-        lost = self._conn is not None and self._conn.closed
-        with suppress(Exception):
-            self._open.__exit__(type(error), error, error.__traceback__)
-        if self._loan is not None:
-            self._loan.give_back()
-        elif self._conn is not None and not is_clean(self._conn):
-            stop(self._conn)  # the opener's: it was kept from ending its transaction
-        return lost
 
 
 @define

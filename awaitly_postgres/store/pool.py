@@ -26,10 +26,11 @@ from .._checks import check_limit
 from ..errors import StoreError
 from .connection import (
     Connection,
-    parse_conninfo,
+    is_clean,
     set_own_default_level,
     set_read_committed,
     set_up_prepared_statements,
+    stop,
 )
 
 T = TypeVar("T")
@@ -128,7 +129,7 @@ class Pool(ABC):
         pool = self._pool
         if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
             return
-        parse_conninfo(pool.conninfo)
+        _parse(pool.conninfo)
         kwargs = {"connect_timeout": CONNECT_TIMEOUT, **(pool.kwargs or {})}
         psycopg.connect(pool.conninfo, **kwargs).close()
 
@@ -204,7 +205,7 @@ class OwnPool(Pool):
 
     def _make(self) -> ConnectionPool[Any]:
         conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
-        known = parse_conninfo(conninfo)
+        known = _parse(conninfo)
         defaults = {
             "connect_timeout": CONNECT_TIMEOUT,
             "tcp_user_timeout": _SILENCE * 1000,  # ms: a network that swallows everything
@@ -291,10 +292,10 @@ class Loan:
             # of it, or nobody has it, and it finds its way back as soon as we let go of it.
             self.conn = None
             return
-        if not is_clean(conn):
-            stop(conn)
-        else:
-            with suppress(psycopg.Error):  # broken: the pool will see it, too
+        with suppress(psycopg.Error):  # broken: the pool will see it, too
+            if not is_clean(conn):
+                stop(conn)
+            else:
                 if not isinstance(conn, _OwnConnection):
                     set_own_default_level(conn)
                 if not self._autocommit:
@@ -343,24 +344,24 @@ class _OwnConnection(psycopg.Connection[Any]):
         self._pool = None
 
 
-def is_clean(conn: Connection) -> bool:
-    """Tell whether no transaction is open, in the server or in psycopg's book-keeping."""
-    status = conn.pgconn.transaction_status
-    if status == psycopg.pq.TransactionStatus.UNKNOWN:
-        return True  # closed: the pool sees to it
-    nested = getattr(conn, "_num_transactions", 0)
-    return status == psycopg.pq.TransactionStatus.IDLE and not nested
-
-
-def stop(conn: Connection) -> None:
-    """Close a connection in whose use an exception out of a signal handler has struck.
-
-    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing is
-    stopped first, lest it be done after what follows here.
-    """
-    with suppress(psycopg.Error):
-        conn.cancel_safe(timeout=PATIENCE)
-    conn.close()
+def _parse(conninfo: str) -> dict[str, Any]:
+    """Take a connection string apart; no error repeats it, and with it the password."""
+    try:
+        known = conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        known = None
+    # Left unescaped, an @ or / of the password makes its rest pass for the host or the port.
+    if (
+        known is None
+        or any(host.find("@") > 0 for host in str(known.get("host", "")).split(","))
+        or not set(str(known.get("port", ""))) <= set("0123456789,")
+    ):
+        raise StoreError(
+            "the connection string is malformed; expected "
+            "'postgresql://user:password@host:port/dbname', special characters of the password "
+            "percent-encoded, or 'host=... dbname=...'"
+        )
+    return known
 
 
 # -- fork and exit -------------------------------------------------------------------------
