@@ -28,7 +28,7 @@ def order(request: HttpRequest, id: uuid.UUID) -> HttpResponse:
             product = Product.objects.get(pk=request.POST["product"])
             quantity = int(request.POST.get("quantity", 1))
         except (KeyError, ValueError, Product.DoesNotExist):
-            return HttpResponseBadRequest("product must be one of ours, quantity a number")
+            return HttpResponseBadRequest("product must be the id of a product, quantity a number")
         if not 1 <= quantity <= 100:
             return HttpResponseBadRequest("quantity must be from 1 to 100")
         with transaction.atomic():  # both the order and its workflow are stored, or neither is
