@@ -21,17 +21,14 @@ from ..errors import (
 from ..snapshot import WorkflowSnapshot
 from ..store import lease as leases
 from ..store import renewal
-from ..store.database import Database, Row, execute
+from ..store.database import Database, Row
 from ..store.lease import Lease
-from ..store.rows import is_input
+from ..store.rows import decode_snapshot, is_input
 from ..store.statements import Statements
-from ..store.store import decode_snapshot
 from ..workflow.workflow import stored_version
 from .checkpoints import Checkpoints
 from .pending import pause_after
 from .registry import Entry
-
-RELEASE_TIMEOUT = 2.0  # seconds to retry a release: after an outage the caller has waited enough
 
 
 class TouchedMeanwhile(AwaitlyError):
@@ -107,7 +104,7 @@ class Admission:
                 # The run was changed, or held by another process, when it was read. So acquire the
                 # lease first: what is read under it stays as it is.
                 self._acquire()
-                rows = self._db.rows(self._sql.look, {"id": self._checkpoints.key})
+                rows = self._db.rows(self._sql.read_for_resume, {"id": self._checkpoints.key})
                 if not rows:
                     if self._create():
                         return New()
@@ -267,7 +264,7 @@ class Admission:
         # repeated, because no later holder has the same token.
         params = {"id": self._checkpoints.key, "token": self._checkpoints.token}
         with suppress(AwaitlyError):
-            self._db.run(lambda c: execute(c, self._sql.release, params), retry_for=RELEASE_TIMEOUT)
+            leases.release(self._db, params, leases.RELEASE_TIMEOUT)
 
     def finished(self) -> None:
         """Note that the statement that recorded the end has also released the lease."""

@@ -14,8 +14,8 @@ from .. import _json
 from .._checks import moment
 from ..errors import LeaseLost, StoreUnavailable, WorkflowError
 from ..store.database import Connection, Database, execute, fetch
+from ..store.rows import decode_snapshot
 from ..store.statements import Statements
-from ..store.store import decode_snapshot
 from ..workflow.history import History
 from .pending import pause_after
 from .transaction import OpenTransaction, StepTransaction

@@ -18,6 +18,7 @@ from ..store.database import Connection
 from ..workflow.codec import encode
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
+from .looking import Looking
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
 from .session import Session
@@ -29,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @define(eq=False, slots=False)
-class Durable(Resuming, Steering):
+class Durable(Resuming, Looking, Steering):
     """Runs workflows whose recorded steps survive the process, one process at a time per id.
 
     Args:

@@ -124,7 +124,7 @@ class Resuming(Options):
         since, or if another process holds its lease. Both can change before this process acquires
         the lease, so admission checks again under it.
         """
-        rows = self.store._db.rows(self.store._sql.look, {"id": self.store.key(id)})
+        rows = self.store._db.rows(self.store._sql.read_for_resume, {"id": self.store.key(id)})
         if seen is not None:
             if not rows or moment(rows[0][2]) != seen:
                 raise TouchedMeanwhile(id)

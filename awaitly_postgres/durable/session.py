@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
@@ -19,7 +19,7 @@ from ..errors import (
     WorkflowDrift,
     WorkflowSuspended,
 )
-from ..snapshot import OF_THIS_MOMENT, Status, WorkflowSnapshot, compose
+from ..snapshot import Status, WorkflowSnapshot, as_mapping, compose
 from ..store import lease as leases
 from ..store import renewal
 from ..store.database import Connection, Database, fetch
@@ -239,9 +239,7 @@ class Session:
     ) -> str:
         """Compose the whole snapshot as it stands now, from the JSON texts of its steps."""
         history = self._run.history
-        ours = (*OF_THIS_MOMENT, "input")
         metadata: dict[str, Any] = {
-            **{name: value for name, value in self.options.metadata.items() if name not in ours},
             "workflow": self.entry.name,
             "version": self.entry.version,
             # The starts since it made progress: suspending itself is progress too.
@@ -249,10 +247,12 @@ class Session:
         }
         if status != "completed":
             metadata |= history.standing(suspended)
+        if given := {**self._given_before(), **self.options.metadata}:
+            metadata["custom"] = given
         if submitted_at is not None:
             metadata["submittedAt"] = submitted_at
         if failure is not None:
-            metadata["failure"] = _failure.to_json(failure)["cause"]
+            metadata["failure"] = _failure.run_to_json(failure)
         if suspended:
             metadata["wakeAt"] = min(due or NEVER for due in history.waits.values())
         text = compose(
@@ -265,6 +265,11 @@ class Session:
         )
         _json.check_size(text, f"the snapshot for {self.id!r}")
         return text
+
+    def _given_before(self) -> Mapping[str, Any]:
+        """Return the metadata that the user gave to earlier starts of this run."""
+        stored = self._stored.metadata if self._stored else None
+        return as_mapping(as_mapping(stored).get("custom"))
 
     def _output(self, stored: WorkflowSnapshot) -> Any:
         metadata = stored.metadata or {}

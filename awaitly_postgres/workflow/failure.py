@@ -57,6 +57,20 @@ def from_json(key: str, step: Mapping[str, Any]) -> Exception:
     return error
 
 
+def of_run(key: str, failure: Mapping[str, Any]) -> Exception:
+    """Rebuild the exception that a run failed with, from what `run_to_json` returned.
+
+    ``key`` is the last step of the run, for the message of a `StepFailed`.
+    """
+    return from_json(key, {"cause": failure, "meta": {"exception": failure.get("exception")}})
+
+
+def run_to_json(error: BaseException) -> dict[str, Any]:
+    """Return ``error`` for the metadata of a failed run: its cause as Node reads it, and more."""
+    told = to_json(error)
+    return {**told["cause"], "exception": told["meta"]["exception"]}
+
+
 def _args(error: BaseException) -> tuple[Any, ...]:
     """Return the built-in ``args``, even if the class of ``error`` redefines that name."""
     args: tuple[Any, ...] = vars(BaseException)["args"].__get__(error)

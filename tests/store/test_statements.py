@@ -7,15 +7,17 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import IO
 
 import psycopg
 import pytest
-from attrs import asdict
+from attrs import fields_dict
 from psycopg_pool import ConnectionPool
 
+import awaitly_postgres
 from awaitly_postgres import Durable, Outcome, SnapshotStore, Step, postgres
-from awaitly_postgres.store.statements import Statements, compose
+from awaitly_postgres.store.statements import Statements, compose, expand, filtered, parse
 
 pytestmark = pytest.mark.read_committed
 
@@ -176,7 +178,7 @@ WRITES = [
 READS_AND_HOUSEKEEPING = [
     *(
         "load",
-        "look",
+        "read_for_resume",
         "check_history",
         "exists",
         "signal_for",
@@ -184,11 +186,14 @@ READS_AND_HOUSEKEEPING = [
         "holder",
         "now",
         "list",
-        "details",
+        "runs",
+        "get",
     ),
-    *("pending", "stats", "prunable", "delete_many", "sweep_journal", "sweep_locks"),
-    *("tables_exist", "schema_exists", "serialize_ddl"),
+    *("pending", "stats", "prunable", "delete_many", "delete_many_journals"),
+    *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
 ]
+NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
+NEEDING_A_JOURNAL |= {"delete_many_journals", "sweep_journal"}
 TABLES = {"snaps": "id", "snaps_steps": "id", "locks": "workflow_id"}
 
 
@@ -202,23 +207,71 @@ statements = pytest.mark.parametrize(
         pytest.param(name, getattr(composed(journal), name).decode(), id=f"{name}-{journal}")
         for name in WRITES
         for journal in (True, False)
+        if journal or name not in NEEDING_A_JOURNAL
     ],
 )
 
 
 def test_every_statement_is_judged_here() -> None:
     """A new one has to be put into one of the two lists."""
-    named = {
-        name: value
-        for name, value in asdict(composed(True)).items()
-        if isinstance(value, (bytes, tuple))
-    }
+    named = composed(True).texts
     assert sorted(named) == sorted(WRITES + READS_AND_HOUSEKEEPING)
     changing = re.compile(rb"\b(INSERT|UPDATE|DELETE)\b")
-    changes = {
-        name for name in READS_AND_HOUSEKEEPING if changing.search(repr(named[name]).encode())
+    changes = {name for name in READS_AND_HOUSEKEEPING if changing.search(named[name])}
+    assert changes == {"delete_many", "delete_many_journals", "sweep_journal", "sweep_locks"}
+
+
+def test_every_statement_is_used_and_every_one_used_is_there() -> None:
+    """They are attributes by name only, so no type checker sees a slip."""
+    package = Path(awaitly_postgres.__file__).parent
+    used = {
+        name
+        for file in package.rglob("*.py")
+        if file.name != "statements.py"  # where sql is psycopg's
+        for name in re.findall(r"\b_?sql\.(\w+)", file.read_text("utf-8"))
     }
-    assert changes == {"delete_many", "sweep_journal", "sweep_locks"}
+    fields = fields_dict(Statements).keys()
+    assert used - fields == composed(True).texts.keys()
+    assert not fields & composed(True).texts.keys()  # it would hide the statement
+
+
+def test_without_a_journal_no_statement_names_its_table() -> None:
+    """It is not there: not asked, not swept, not made. What needs it is no attribute."""
+    without = composed(False)
+    assert composed(True).texts.keys() - without.texts.keys() == NEEDING_A_JOURNAL
+    assert "snaps_steps" not in repr((without.texts, without.ddl, without.regclasses))
+    with pytest.raises(AttributeError, match="'append'"):
+        _ = without.append
+
+
+@pytest.mark.parametrize("journal", [True, False])
+def test_what_is_sent_has_no_comments_and_no_braces_of_ours(journal: bool) -> None:
+    """A comment on one line with the SQL would hide the rest of it; a condition is dropped with
+    its mark, and is about a parameter of its statement."""
+    statements = composed(journal)
+    for name, text in statements.texts.items():
+        conditions = re.findall(r" -- if (\w+)$", text.decode(), re.M)
+        assert all(f"%({condition})s".encode() in text for condition in conditions), name
+        for given in ({}, dict.fromkeys(conditions, "x")):
+            sent = filtered(text, given).decode()
+            assert not re.search(r"--|\n|  |\{\w+\}", sent), name
+    assert not re.search(r"--|\{\w+\}", "".join(statements.ddl.values()))
+
+
+def test_every_statement_says_what_it_is_for() -> None:
+    """In a comment below its name."""
+    folder = Path(awaitly_postgres.__file__).parent / "store"
+    for file in ("schema.sql", "queries.sql"):
+        text = (folder / file).read_text("utf-8")
+        assert max(map(len, text.splitlines())) <= 100
+        assert not re.findall(r"^-- (?:name|ddl): (.*)\n(?!-- \w)", text, re.M)
+
+
+def test_an_unknown_fragment_is_refused_with_the_name_of_the_statement() -> None:
+    """A slip in a file is seen when the first store is made, whatever it does later."""
+    text = "-- fragment: one\n1\n-- name: count\nSELECT {one}, {two}\n-- fragment: two\n2\n"
+    with pytest.raises(ValueError, match=r"name 'count' uses \{two\}, not above it"):
+        expand(parse(text), {}, {})
 
 
 @statements
