@@ -113,8 +113,8 @@ class Admission:
             if self._is_finished(found.snapshot):
                 return Finished(found.snapshot)
             if not as_it_was:
-                # Refused before it counts. From `resume_pending` it counts as a start, so that the
-                # run backs off: see `at_our_version`.
+                # Refused before the start is counted. From `resume_pending` it is refused after, in
+                # `at_our_version`, so that the run backs off.
                 self._check_version(found.snapshot)
             self._acquire()
             if (taken := self._take_up(found)) is not None:
@@ -174,7 +174,7 @@ class Admission:
         A run that kills its process therefore backs off and reaches ``max_attempts`` like any
         other, instead of staying at the head of the queue. Returns the state as it is under the
         lease; None if it was written since it was found. May be repeated: the count is taken from
-        ``found``, so a second try writes the same, and its fence accepts the number of the first.
+        ``found``, so a retry writes the same one, and its fence accepts the number of the first.
         """
         metadata, journal = found.snapshot.metadata or {}, found.journal
         attempts = count(metadata.get("attempts"))

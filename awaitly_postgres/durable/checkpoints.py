@@ -95,7 +95,7 @@ class Checkpoints:
         id: the run's id as the user gave it, for messages.
         key: its id in the tables, prefix included.
         token: the token of its lease.
-        ttl: seconds by which each write extends the lease.
+        ttl: seconds that the lease lasts from a write that renews it.
         history: the recorded steps.
         document: composes the snapshot of the run as it stands now.
         open_transaction: opens the transactions of ``step.transaction``; None uses a pooled

@@ -41,7 +41,7 @@ class StepTransaction:
         run = self._run
         # Read before the transaction begins, so that what it sees is at least as new. Read later,
         # these could name a checkpoint of another thread that an isolated transaction, which began
-        # before it, cannot see: the check would take it for lost history.
+        # before it, cannot see: the check would mistake it for lost history.
         params = run.next_write()
         conn = self._conn = self._transaction.begin()
         self._isolated = run.db.isolates(conn)
@@ -82,8 +82,8 @@ class StepTransaction:
             ) from error
         self._transaction.end(error)
         if error is None:
-            # In this order, because an exception may strike between any two lines: `settle` takes a
-            # step that is neither in doubt nor marked as committed for one that was rolled back.
+            # In this order, because an exception may strike between any two lines, and `settle`
+            # treats a step that is neither in doubt nor marked as committed as rolled back.
             self._committed = True
             self._clear_doubt()
             self._leave_turn()

@@ -260,7 +260,7 @@ class Run:
             yield
         except BaseException as error:
             unrecorded = key not in self._done or not isinstance(error, Exception)
-            # GeneratorExit: an exception has struck just outside this block, and was handled.
+            # GeneratorExit: an exception struck just outside this block and has been handled.
             if unrecorded and not isinstance(error, (Interrupted, GeneratorExit)):
                 self._stop(error)
             raise
