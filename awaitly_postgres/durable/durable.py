@@ -20,6 +20,7 @@ from ..workflow.step import Step
 from ..workflow.workflow import name_of
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
+from .rewinding import Rewinding
 from .session import Session
 from .steering import Steering
 
@@ -29,7 +30,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @define(eq=False, slots=False)
-class Durable(Resuming, Steering):
+class Durable(Resuming, Steering, Rewinding):
     """Runs workflows so that each step survives the process, one process at a time per id.
 
     Args:

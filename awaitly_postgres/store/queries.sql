@@ -511,6 +511,27 @@ released AS (
 )
 SELECT 1 FROM cancelled
 
+-- name: rewind
+-- Puts a run back to an earlier step: replaces the document, folds the journal and gives the lease
+-- back that was taken to read the run, all or nothing. Signals are kept as in keep_signals, but for
+-- those of the steps that are forgotten: their waits can be answered again. It is sent once, in a
+-- transaction whose outcome is looked up after a lost reply (Database.told). A second try would
+-- find no lease.
+WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
+, swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
+UPDATE {snapshots} SET
+    updated_at = clock_timestamp(),
+    snapshot = CASE
+        WHEN jsonb_typeof(snapshot->'metadata'->'signals') = 'object' THEN jsonb_set(
+            %(snapshot)s::jsonb,
+            '{metadata,signals}',
+            (snapshot->'metadata'->'signals') - %(forgotten)s::text[]
+        )
+        ELSE %(snapshot)s::jsonb
+    END
+WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
+RETURNING 1
+
 -- name: signal
 -- Puts a value where step.wait(key) looks for it, without the lease; keep_signals keeps it
 -- there. The first signal for a key stays. A run that is completed or cancelled takes none.

@@ -32,6 +32,7 @@ class History:
     sleeps: dict[str, str] = field(factory=dict)
     last_key: str | None = None
     has_left_out: bool = False  # open failures, which the next document no longer has
+    generation: int = 0  # how often it was rewound with new idempotency keys
     _settled: int = -1  # the number of the last failure that a wait of the own thread has settled
     _in_order: list[str] = field(factory=list)  # recorded by the own thread, not yet asked for
     _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
@@ -48,6 +49,7 @@ class History:
         metas = {key: step.get("meta") or {} for key, step in recorded.items()}
         seqs = {key: _positive(meta.get("seq")) for key, meta in metas.items()}
         history = cls()
+        history.generation = _positive(metadata.get("generation"))
         if "settled" in metadata:
             history._settled = _positive(metadata["settled"])
         settled = max(history._settled, _own_thread_went_on_after(metas, seqs))

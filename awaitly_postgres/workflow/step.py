@@ -85,8 +85,11 @@ class Step:
     def idempotency_key(self, key: str) -> str:
         """Return ``"<workflow id>/<key>"``, for an API that accepts such a key.
 
-        It stays the same however often the step is tried.
+        It stays the same however often the step is tried, unless the run is rewound with
+        ``new_keys=True``: then it ends with ``#1``, after another such rewind with ``#2``.
         """
         if self.workflow_id is None:
             raise WorkflowError("an in-memory workflow has no id; use Durable.run(id, ...)")
-        return f"{self.workflow_id}/{check_id(key, 'step key')}"
+        generation = self._run.history.generation
+        suffix = f"#{generation}" if generation else ""
+        return f"{self.workflow_id}/{check_id(key, 'step key')}{suffix}"
