@@ -31,7 +31,7 @@ from .snapshot import (
 )
 from .store.lease import Lease
 from .store.postgres import postgres
-from .store.rows import SnapshotInfo, StoreStats
+from .store.rows import RunInfo, SnapshotInfo, StepInfo, StoreStats
 from .store.store import SnapshotStore
 from .workflow.codec import Codec
 from .workflow.event import Event
@@ -52,6 +52,7 @@ __all__ = [
     "LeaseLost",
     "NotSerializable",
     "Outcome",
+    "RunInfo",
     "SchemaMissing",
     "SnapshotError",
     "SnapshotFormatError",
@@ -59,6 +60,7 @@ __all__ = [
     "SnapshotStore",
     "Step",
     "StepFailed",
+    "StepInfo",
     "StepResult",
     "StoreError",
     "StoreStats",

@@ -15,7 +15,7 @@ import click
 from attrs import frozen
 
 from .. import SnapshotStore, StoreError, postgres
-from ..store.rows import STATUSES, RunRow, check_id, printable
+from ..store.rows import STATUSES, RunInfo, check_id, printable
 
 
 class WrongInput(click.ClickException):
@@ -139,7 +139,7 @@ def limit_option(default: int | None) -> Callable[..., Any]:
     return click.option("--limit", metavar="N", type=click.IntRange(1), default=default, help=help)
 
 
-def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunRow]:
+def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunInfo]:
     """Tell where these runs stand; raise wrong input if one of them is not stored."""
     rows = store.details(ids)
     found = {row.id for row in rows}

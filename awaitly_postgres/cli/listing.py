@@ -11,7 +11,7 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from ..store.rows import RunRow, StoreStats, printable
+from ..store.rows import RunInfo, StoreStats, printable
 from .text import STYLES, Line, age, ellipsis, out, segments, span
 
 Cells = Sequence[str]
@@ -23,7 +23,7 @@ _NARROW = 18  # columns that LEASE has at least, if it needs so many
 _GAP = 2  # columns
 
 
-def to_json(row: RunRow) -> dict[str, Any]:
+def to_json(row: RunInfo) -> dict[str, Any]:
     """Return what ``--json`` prints of a workflow."""
     until = row.held_until and row.held_until.isoformat()
     return {
@@ -32,14 +32,14 @@ def to_json(row: RunRow) -> dict[str, Any]:
         "updated_at": row.updated_at.isoformat(),
         "steps": row.step_count,
         "workflow": row.workflow,
-        "attempts": row.metadata.get("attempts"),
+        "attempts": row.attempts,
         "cancelled": row.state == "cancelled",
-        "wake_at": row.metadata.get("wakeAt"),
+        "wake_at": row.next_at and row.next_at.isoformat(),
         "lease": row.holder and {"holder": row.holder, "expires_at": until},
     }
 
 
-def listing(rows: Sequence[RunRow], columns: int | None) -> Segments:
+def listing(rows: Sequence[RunInfo], columns: int | None) -> Segments:
     """Show one line for each: in a pipe all columns and nothing cut, on a terminal what fits."""
     table = [_HEAD, *map(_cells, rows)]
     if columns is None:
@@ -47,7 +47,7 @@ def listing(rows: Sequence[RunRow], columns: int | None) -> Segments:
     return Segments(part for line in _fitted(table, columns) for part in (*line, Segment.line()))
 
 
-def what_next(row: RunRow) -> str:
+def what_next(row: RunInfo) -> str:
     """Say when it is to be resumed; nothing if never, or not before its holder is done."""
     if row.state == "cancelled":
         return "cancelled"
@@ -58,10 +58,10 @@ def what_next(row: RunRow) -> str:
     if row.next_at is None:
         return f"waits for {', '.join(row.waits_for)}"
     verb = "retry" if row.status == "failed" else "wakes"
-    return f"{verb} in {span((row.next_at - row.now).total_seconds())}"
+    return f"{verb} in {span((row.next_at - row.seen_at).total_seconds())}"
 
 
-def _cells(row: RunRow) -> Cells:
+def _cells(row: RunInfo) -> Cells:
     steps, next = f"{row.step_count}", what_next(row)
     cells = (row.id, row.status, age(row.age), steps, row.held_by, next, row.workflow)
     return tuple(printable(cell or "-") for cell in cells)
@@ -124,7 +124,7 @@ def _widths(table: Sequence[Cells]) -> list[int]:
     return [max(map(cell_len, column)) for column in zip(*table, strict=True)]
 
 
-def numbers(stats: StoreStats, oldest: RunRow | None, prefix: str) -> Iterator[Line]:
+def numbers(stats: StoreStats, oldest: RunInfo | None, prefix: str) -> Iterator[Line]:
     """Show what `SnapshotStore.stats` counts, and what has waited longest."""
     counts = [("total", stats.total), *sorted(stats.by_status.items())]
     digits = max(len(f"{count:,}") for _, count in counts)

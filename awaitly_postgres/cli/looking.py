@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.live import Live
 
 from .. import SnapshotStore
-from ..store.rows import RunRow
+from ..store.rows import RunInfo
 from .arguments import (
     Place,
     WrongInput,
@@ -118,7 +118,7 @@ def watch(place: Place, prefix: str, status: str | None, interval: float) -> Non
             time.sleep(interval)
 
 
-def _walk(store: SnapshotStore, prefix: str, status: str | None, limit: int) -> Iterator[RunRow]:
+def _walk(store: SnapshotStore, prefix: str, status: str | None, limit: int) -> Iterator[RunInfo]:
     """Tell where the runs stand, newest first, a page at a time."""
     last = None
     while limit > 0 and (

@@ -126,7 +126,7 @@ def unlock(place: Place, id: str, yes: bool) -> None:
         out.print("nobody holds its lease")
         return
     if not yes:
-        left = span((row.held_until - row.now).total_seconds())
+        left = span((row.held_until - row.seen_at).total_seconds())
         click.confirm(
             f"{printable(row.held_by)} holds the lease on {printable(id)} for another {left}. "
             "Take it away?",

@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from .. import WorkflowSnapshot
-from ..store.rows import RunRow, StepRow, elide_steps, is_input, printable, reasons, steps_of
+from ..store.rows import RunInfo, StepInfo, elide_steps, is_input, printable, reasons, steps_of
 from .listing import what_next
 from .text import Line, age, as_json, fit, out, span
 
@@ -22,7 +22,7 @@ _PIPE = 100  # columns of a timeline in a pipe
 
 
 def one(
-    row: RunRow, snapshot: WorkflowSnapshot, columns: int | None, everything: bool
+    row: RunInfo, snapshot: WorkflowSnapshot, columns: int | None, everything: bool
 ) -> Iterator[Line]:
     """Show a workflow on so many columns; None: in a pipe, where nothing is cut to fit."""
     steps = steps_of(snapshot)
@@ -37,7 +37,7 @@ def one(
 
 
 def _facts(
-    row: RunRow, snapshot: WorkflowSnapshot, steps: Sequence[StepRow], everything: bool
+    row: RunInfo, snapshot: WorkflowSnapshot, steps: Sequence[StepInfo], everything: bool
 ) -> Iterator[tuple[str, str, str]]:
     metadata = snapshot.metadata or {}
     most = None if everything else _BRIEF
@@ -48,7 +48,7 @@ def _facts(
         started = f", started {attempts} times" if attempts not in (None, 0, 1) else ""
         yield "workflow", printable(f"{row.workflow}, version {version}{started}"), ""
     if row.holder is not None and row.held_until is not None:
-        left = span((row.held_until - row.now).total_seconds())
+        left = span((row.held_until - row.seen_at).total_seconds())
         held = f"held by {row.held_by}, {left} left unless renewed"
         yield "lease", printable(held), "running"
     if next := what_next(row):
@@ -82,12 +82,12 @@ def _chain(reasons: Sequence[str]) -> list[str]:
 class _Bar:
     """A step on the axis of time, in seconds; ``at`` is None if nobody measured it."""
 
-    step: StepRow
+    step: StepInfo
     at: float | None
     pause: float = 0.0  # cut out of the axis before it
 
 
-def timeline(steps: Sequence[StepRow], columns: int | None, everything: bool) -> Iterator[Line]:
+def timeline(steps: Sequence[StepInfo], columns: int | None, everything: bool) -> Iterator[Line]:
     """Show each step as a bar where and as long as it ran; of many, the telling ones.
 
     Long pauses (a sleep, a night until the next attempt) are cut out and told of instead.

@@ -1,4 +1,4 @@
-"""What all runs of one `Durable` have in common."""
+"""The options that all runs of one `Durable` share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .transaction import OpenTransaction
 
 @define(eq=False, slots=False)
 class Options:
-    """The options of a `Durable`, which documents them, checked; and the functions it knows."""
+    """The checked options of a `Durable` (documented there), and its registered functions."""
 
     store: SnapshotStore
     lock_ttl: float = field(default=DEFAULT_TTL, kw_only=True, converter=check_ttl)

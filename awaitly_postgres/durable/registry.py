@@ -1,4 +1,4 @@
-"""Which workflow functions are known, and under which names."""
+"""The registered workflow functions and their names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int]
 
 @frozen
 class Entry:
-    """A workflow function under its name, with the rule for state of other versions."""
+    """A workflow function with its name, version, and rule for runs of other versions."""
 
     name: str
     fn: Callable[..., Any]
@@ -25,7 +25,7 @@ class Entry:
     on_version_mismatch: OnVersionMismatch = "error"
 
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise TypeError, as the call itself would, if the function does not take these."""
+        """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:
             signature.bind(None, *args, **kwargs)  # None stands for the step
 
@@ -34,22 +34,22 @@ class Registry(dict[str, Entry]):
     """The workflow functions of one `Durable`, by name."""
 
     def add(self, entry: Entry) -> None:
-        """Register a function; raise ValueError if its name is another's."""
+        """Register a function; raise ValueError if another one has its name."""
         known = self.get(entry.name)
-        # The same place in the source again is a reloaded module.
+        # The same function defined again, in the same module, is a reload: it replaces the old one.
         if known is not None and _place(known.fn) != _place(entry.fn):
             raise ValueError(
-                f"{_place(known.fn)} is registered as {entry.name!r} already; "
+                f"{_place(known.fn)} is already registered as {entry.name!r}; "
                 f"give {_place(entry.fn)} another name="
             )
         self[entry.name] = entry
 
     def of(self, fn: Callable[..., Any]) -> Entry:
-        """Return what ``fn`` is registered as, or an entry that is not registered."""
+        """Return the entry ``fn`` is registered as, or a new one that is not registered."""
         if not callable(fn):
             raise TypeError(f"the workflow must be a function, not {fn!r}")
         for entry in self.values():
-            if entry.fn == fn:  # a bound method is another object each time
+            if entry.fn == fn:  # not `is`: each access to a bound method makes a new object
                 return entry
         return Entry(name_of(fn), fn)
 
@@ -58,7 +58,7 @@ class Registry(dict[str, Entry]):
 def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(fn)
-    except (TypeError, ValueError):  # something built in that does not tell
+    except (TypeError, ValueError):  # a built-in that has no signature to inspect
         return None
 
 

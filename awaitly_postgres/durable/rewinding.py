@@ -19,8 +19,8 @@ from ..workflow.history import History
 from .admission import RELEASE_TIMEOUT, count
 from .options import Options
 
-# What the metadata tell of how far the run had come, beside what is of one moment only.
-_OUTDATED = ("cancelledAt", "gaveUpAt", "deadlines", "lastStepKey")
+# Metadata that tell how far the run had come, beside those that hold for one snapshot only.
+_OUTDATED = ("cancelledAt", "lastStepKey")
 
 
 @define(eq=False, slots=False)
@@ -57,8 +57,8 @@ class Rewinding(Options):
         check_id(key, "step key")
         with self._leased(id) as params:
             part = _Part.before(key, id, self._stored(id))
-            generation = count(part.metadata.get("generation")) + 1
-            document = part.document({"generation": generation} if new_keys else {})
+            generation = count(part.metadata.get("keyGeneration")) + 1
+            document = part.document({"keyGeneration": generation} if new_keys else {})
             _json.check_size(document, f"the snapshot for {id!r}")
             params |= {"snapshot": document, "forgotten": part.forgotten}
             sql = self.store._sql
@@ -89,7 +89,7 @@ class Rewinding(Options):
         check_id(key, "step key")
         new_key = self.store.key(new_id)
         part = _Part.before(key, id, self._stored(id))
-        part.metadata.pop("generation", None)
+        part.metadata.pop("keyGeneration", None)
         if signals := as_mapping(part.metadata.get("signals")):
             # Those that a copied wait has taken. The others were sent to the source.
             taken = {name: signals[name] for name in signals if name in part.kept}

@@ -19,14 +19,13 @@ from ..snapshot import WorkflowSnapshot
 from . import lease, renewal
 from .database import Connection, Database, execute, fetch
 from .lease import DEFAULT_TTL, Lease
-from .rows import RunRow, SnapshotInfo, StoreStats
+from .rows import RunInfo, SnapshotInfo, StoreStats
 from .statements import Statements, filtered, prefix_bounds
 
 _PAGE = 500
 
-
 Infos = list[SnapshotInfo]  # inside the store, ``list`` is a method
-RunRows = list[RunRow]
+RunInfos = list[RunInfo]
 Rows = list[tuple[Any, ...]]
 
 
@@ -173,15 +172,16 @@ class SnapshotStore:
         # If it saw the values, the planner would expect few rows and sort all that is pending.
         return self._infos(self._sql.pending, params, custom_plan=False)
 
-    def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunRows:
+    def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunInfos:
         """Tell where these runs stand, in this order, without reading their values.
 
         What is not stored is left out. An id that could not be stored is none, and no error: a
         listing shows whatever the table holds.
         """
         keys = [self.prefix + id for id in ids]
-        found = {row[0]: row for row in self._db.rows(self._sql.details, {"ids": keys}, conn)}
-        return [RunRow.from_columns(found[k], self.prefix) for k in keys if k in found]
+        rows = self._listed(self._sql.runs, {"ids": keys, "limit": None}, conn)
+        found = {row[0]: RunInfo.from_columns(row, self.prefix) for row in rows}
+        return [found[key] for key in keys if key in found]
 
     def prune(
         self,
@@ -353,10 +353,15 @@ class SnapshotStore:
         return [SnapshotInfo(id[skip:], status, moment(time)) for id, status, time in rows]
 
     def _listed(
-        self, statement: bytes, params: Mapping[str, Any], *, custom_plan: bool = True
+        self,
+        statement: bytes,
+        params: Mapping[str, Any],
+        conn: Connection | None = None,
+        *,
+        custom_plan: bool = True,
     ) -> Rows:
         # Which index is best depends on the prefix or the age at hand.
-        return self._db.rows(filtered(statement, params), params, custom_plan=custom_plan)
+        return self._db.rows(filtered(statement, params), params, conn, custom_plan=custom_plan)
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
         def work(conn: Connection) -> int:

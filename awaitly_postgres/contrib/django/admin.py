@@ -20,7 +20,7 @@ from django.utils.html import format_html
 from django.utils.timesince import timesince
 
 from ... import SnapshotFormatError, postgres
-from ...store.rows import RunRow, StepRow, elide, elide_steps, reasons, steps_of
+from ...store.rows import RunInfo, StepInfo, elide, elide_steps, reasons, steps_of
 from . import connection
 from .models import Workflow
 
@@ -49,7 +49,7 @@ class Bar:
     ``hidden`` is how many steps before it are not shown.
     """
 
-    step: StepRow
+    step: StepInfo
     duration: str
     left: str
     width: str
@@ -182,7 +182,7 @@ class WorkflowAdmin(admin.ModelAdmin):
         return TemplateResponse(request, "admin/awaitly/workflow/timeline.html", context)
 
 
-def _state(row: RunRow) -> str:
+def _state(row: RunInfo) -> str:
     """Say in one word where it stands, and of what is unfinished where it came from."""
     if row.state in ("completed", "cancelled", "running"):
         return row.state
@@ -192,27 +192,27 @@ def _state(row: RunRow) -> str:
         return "saved"  # by hand, or by Node: there is nothing to resume it with
     if row.waits_for:
         return "suspended"
-    return "submitted" if row.metadata.get("attempts") == 0 else "interrupted"
+    return "submitted" if row.attempts == 0 else "interrupted"
 
 
-def _lease(row: RunRow) -> str:
+def _lease(row: RunInfo) -> str:
     """Say who holds it, or what is to come."""
     if row.held_until is not None:
-        return f"locked by {row.held_by} for {_span(row.now, row.held_until)}"
+        return f"locked by {row.held_by} for {_span(row.seen_at, row.held_until)}"
     if _state(row) in ("completed", "cancelled", "saved"):
         return "free"
     if row.is_due:
         return "resumable now"
     if row.next_at is None:
         return f"waits for {', '.join(row.waits_for)}"
-    return f"resumable in {_span(row.now, row.next_at)}"
+    return f"resumable in {_span(row.seen_at, row.next_at)}"
 
 
-def _age(row: RunRow) -> str:
-    return f"{_span(row.updated_at, row.now)} ago"
+def _age(row: RunInfo) -> str:
+    return f"{_span(row.updated_at, row.seen_at)} ago"
 
 
-def _timeline(steps: Sequence[StepRow]) -> Iterator[Bar]:
+def _timeline(steps: Sequence[StepInfo]) -> Iterator[Bar]:
     """Lay the steps out over the time from the first start to the last end."""
     starts = [step.started_at.timestamp() if step.started_at else None for step in steps]
     measured = [(at, at + s.seconds) for at, s in zip(starts, steps, strict=True) if at is not None]
