@@ -18,6 +18,7 @@ from ..store.database import Connection
 from ..workflow.codec import encode
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
+from .checking import Checking
 from .looking import Looking
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
@@ -31,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @define(eq=False, slots=False)
-class Durable(Resuming, Looking, Steering, Rewinding):
+class Durable(Resuming, Looking, Steering, Rewinding, Checking):
     """Runs workflows whose recorded steps survive the process, one process at a time per id.
 
     Args:

@@ -512,11 +512,11 @@ released AS (
 SELECT 1 FROM cancelled
 
 -- name: rewind
--- Puts a run back to an earlier step: replaces the document, folds the journal and gives the lease
--- back that was taken to read the run, all or nothing. Signals are kept as in keep_signals, but for
--- those of the steps that are forgotten: their waits can be answered again. It is sent once, in a
--- transaction whose outcome is looked up after a lost reply (Database.told). A second try would
--- find no lease.
+-- Takes a run back to an earlier step: replaces the document, empties the journal and releases the
+-- lease that was taken to read the run, all or nothing. Signals are kept as in keep_signals, except
+-- those of the forgotten steps, whose waits can be answered again. A second try would find no
+-- lease, so it is sent in a transaction whose outcome is looked up after a lost reply; see
+-- Database.told.
 WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
 UPDATE {snapshots} SET
@@ -734,6 +734,22 @@ SELECT {run_columns}, snapshot::text, {journaled_steps}
 FROM {snapshots} s
 LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
 WHERE s.id = %(id)s
+
+-- name: unfinished
+-- What check replays: the runs that a workflow will go on with, due or not and whoever holds
+-- them, the longest untouched first, page by page as in pending. A run that is written meanwhile
+-- moves to the end, and is listed again.
+SELECT id, COALESCE({status}, 'running'), to_char(updated_at AT TIME ZONE 'UTC', {iso})
+FROM {snapshots} s
+WHERE {unfinished}
+    AND COALESCE(jsonb_typeof(snapshot->'metadata'->'workflow') = 'string', false)
+    AND COALESCE(snapshot->'metadata'->'cancelledAt' IS NULL, true)
+    AND COALESCE(snapshot->'metadata'->'gaveUpAt' IS NULL, true)
+    {and_in_range}
+    AND (updated_at, id COLLATE "C")                           -- if behind_time
+        > (%(behind_time)s::timestamptz, %(behind_id)s::text)  -- if behind_time
+ORDER BY updated_at, id COLLATE "C"
+LIMIT %(limit)s::bigint
 
 -- name: stats
 -- Rows in all, rows of each status, and bytes. Only the unfinished ones are grouped, by the
