@@ -1,5 +1,6 @@
 """PostgreSQL persistence and durable execution for blocking Python."""
 
+from .durable.checking import Problem
 from .durable.durable import Durable
 from .durable.pending import Outcome
 from .errors import (
@@ -52,6 +53,7 @@ __all__ = [
     "LeaseLost",
     "NotSerializable",
     "Outcome",
+    "Problem",
     "RunInfo",
     "SchemaMissing",
     "SnapshotError",

@@ -23,7 +23,7 @@ OF_THIS_MOMENT = (
 # All metadata that this package writes. What the user gives is stored under "custom".
 OURS = (
     *OF_THIS_MOMENT, "input", "workflow", "version", "attempts", "submittedAt", "cancelledAt",
-    "lastStepKey", "signals", "custom",
+    "lastStepKey", "signals", "custom", "keyGeneration",
 )  # fmt: skip
 _OBJECT = (dict, Mapping)  # dict first: isinstance with the abstract class dominates otherwise
 

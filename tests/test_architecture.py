@@ -23,7 +23,7 @@ MAY_LOAD |= {"typing-extensions"}  # of psycopg, on older Pythons
 
 PUBLIC = """
     postgres SnapshotStore SnapshotInfo StoreStats Lease Workflow Step Event Durable Outcome Codec
-    RunInfo StepInfo
+    RunInfo StepInfo Problem
     WorkflowSnapshot StepResult Execution validate_snapshot merge_snapshots
     AwaitlyError StoreError StoreUnavailable SchemaMissing
     SnapshotError SnapshotFormatError NotSerializable

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from .. import _json
 from .._checks import moment
 from ..errors import (
     AlreadyRunning,
     AwaitlyError,
-    VersionMismatch,
     WorkflowCancelled,
     WorkflowConflict,
 )
@@ -25,7 +24,6 @@ from ..store.database import Database, Row
 from ..store.lease import Lease
 from ..store.rows import decode_snapshot, is_input
 from ..store.statements import Statements
-from ..workflow.workflow import stored_version
 from .checkpoints import Checkpoints
 from .pending import pause_after
 from .registry import Entry
@@ -115,7 +113,7 @@ class Admission:
             if not as_it_was:
                 # Refused before the start is counted. From `resume_pending` it is refused after, in
                 # `at_our_version`, so that the run backs off.
-                self._check_version(found.snapshot)
+                self.entry.check_version(self.id, found.snapshot)
             self._acquire()
             if (taken := self._take_up(found)) is not None:
                 return TakenUp(taken)
@@ -212,11 +210,6 @@ class Admission:
             raise WorkflowCancelled(self.id)
         return stored.execution.status == "completed" and "output" in metadata
 
-    def _check_version(self, stored: WorkflowSnapshot) -> None:
-        version = stored_version(stored.metadata or {})
-        if version != self.entry.version and self.entry.on_version_mismatch == "error":
-            raise VersionMismatch(self.id, version, self.entry.version)
-
     def check_identity(self, stored: WorkflowSnapshot) -> None:
         """Raise `WorkflowConflict` if what is stored belongs to another workflow or input."""
         metadata = stored.metadata or {}
@@ -229,26 +222,6 @@ class Admission:
             ours = _json.canonical(self.input)
             if theirs != ours:
                 raise WorkflowConflict(self.id, "input", _brief(theirs), _brief(ours))
-
-    def at_our_version(self, stored: WorkflowSnapshot) -> WorkflowSnapshot | None:
-        """Return the state to continue from, migrated if need be; None to start afresh."""
-        if stored_version(stored.metadata or {}) == self.entry.version:
-            return stored
-        migrate = self.entry.on_version_mismatch
-        if not callable(migrate):
-            self._check_version(stored)
-            return None  # "clear"
-        migrated = migrate(stored, self.entry.version)
-        if isinstance(migrated, Mapping):
-            migrated = WorkflowSnapshot.from_json(migrated)
-        if not isinstance(migrated, WorkflowSnapshot):
-            raise TypeError(
-                f"on_version_mismatch of {self.entry.name!r} must return a WorkflowSnapshot, "
-                f"not {type(migrated).__name__}"
-            )
-        return evolve(
-            migrated, metadata={**(migrated.metadata or {}), "version": self.entry.version}
-        )
 
     def release(self) -> None:
         """Release the lease if we may hold it; if the database cannot be reached, it expires.

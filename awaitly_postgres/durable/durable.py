@@ -18,9 +18,11 @@ from ..store.database import Connection
 from ..workflow.codec import encode
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
+from .checking import Checking
 from .looking import Looking
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
+from .rewinding import Rewinding
 from .session import Session
 from .steering import Steering
 
@@ -30,7 +32,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @define(eq=False, slots=False)
-class Durable(Resuming, Looking, Steering):
+class Durable(Resuming, Looking, Steering, Rewinding, Checking):
     """Runs workflows whose recorded steps survive the process, one process at a time per id.
 
     Args:

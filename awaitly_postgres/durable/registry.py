@@ -7,10 +7,11 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from ..errors import VersionMismatch
 from ..snapshot import WorkflowSnapshot
-from ..workflow.workflow import name_of
+from ..workflow.workflow import name_of, stored_version
 
 OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int], WorkflowSnapshot]
 
@@ -28,6 +29,30 @@ class Entry:
         """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:
             signature.bind(None, *args, **kwargs)  # None stands for the step
+
+    def check_version(self, id: str, stored: WorkflowSnapshot) -> None:
+        """Raise `VersionMismatch` if ``stored`` has another version, which is an error here."""
+        version = stored_version(stored.metadata or {})
+        if version != self.version and self.on_version_mismatch == "error":
+            raise VersionMismatch(id, version, self.version)
+
+    def at_its_version(self, id: str, stored: WorkflowSnapshot) -> WorkflowSnapshot | None:
+        """Return the state to continue from, migrated if need be; None to start afresh."""
+        if stored_version(stored.metadata or {}) == self.version:
+            return stored
+        migrate = self.on_version_mismatch
+        if not callable(migrate):
+            self.check_version(id, stored)
+            return None  # "clear"
+        migrated = migrate(stored, self.version)
+        if isinstance(migrated, Mapping):
+            migrated = WorkflowSnapshot.from_json(migrated)
+        if not isinstance(migrated, WorkflowSnapshot):
+            raise TypeError(
+                f"on_version_mismatch of {self.name!r} must return a WorkflowSnapshot, "
+                f"not {type(migrated).__name__}"
+            )
+        return evolve(migrated, metadata={**(migrated.metadata or {}), "version": self.version})
 
 
 class Registry(dict[str, Entry]):

@@ -140,7 +140,7 @@ class Session:
         If that drops or changes any (a migration, open failures), the first write of this start
         must rewrite the snapshot: an append would leave the old steps in it.
         """
-        checkpoints, ours = self._checkpoints, self._admission.at_our_version(stored)
+        checkpoints, ours = self._checkpoints, self.entry.at_its_version(self.id, stored)
         if ours is not None:
             self._stored = ours
             checkpoints.history = self._run.history = History.of(ours)

@@ -511,6 +511,27 @@ released AS (
 )
 SELECT 1 FROM cancelled
 
+-- name: rewind
+-- Takes a run back to an earlier step: replaces the document, empties the journal and releases the
+-- lease that was taken to read the run, all or nothing. Signals are kept as in keep_signals, except
+-- those of the forgotten steps, whose waits can be answered again. A second try would find no
+-- lease, so it is sent in a transaction whose outcome is looked up after a lost reply; see
+-- Database.told.
+WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
+, swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
+UPDATE {snapshots} SET
+    updated_at = clock_timestamp(),
+    snapshot = CASE
+        WHEN jsonb_typeof(snapshot->'metadata'->'signals') = 'object' THEN jsonb_set(
+            %(snapshot)s::jsonb,
+            '{metadata,signals}',
+            (snapshot->'metadata'->'signals') - %(forgotten)s::text[]
+        )
+        ELSE %(snapshot)s::jsonb
+    END
+WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
+RETURNING 1
+
 -- name: signal
 -- Puts a value where step.wait(key) looks for it, without the lease; keep_signals keeps it
 -- there. The first signal for a key stays. A run that is completed or cancelled takes none.
@@ -713,6 +734,22 @@ SELECT {run_columns}, snapshot::text, {journaled_steps}
 FROM {snapshots} s
 LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
 WHERE s.id = %(id)s
+
+-- name: unfinished
+-- What check replays: the runs that a workflow will go on with, due or not and whoever holds
+-- them, the longest untouched first, page by page as in pending. A run that is written meanwhile
+-- moves to the end, and is listed again.
+SELECT id, COALESCE({status}, 'running'), to_char(updated_at AT TIME ZONE 'UTC', {iso})
+FROM {snapshots} s
+WHERE {unfinished}
+    AND COALESCE(jsonb_typeof(snapshot->'metadata'->'workflow') = 'string', false)
+    AND COALESCE(snapshot->'metadata'->'cancelledAt' IS NULL, true)
+    AND COALESCE(snapshot->'metadata'->'gaveUpAt' IS NULL, true)
+    {and_in_range}
+    AND (updated_at, id COLLATE "C")                           -- if behind_time
+        > (%(behind_time)s::timestamptz, %(behind_id)s::text)  -- if behind_time
+ORDER BY updated_at, id COLLATE "C"
+LIMIT %(limit)s::bigint
 
 -- name: stats
 -- Rows in all, rows of each status, and bytes. Only the unfinished ones are grouped, by the

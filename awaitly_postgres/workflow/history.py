@@ -33,6 +33,7 @@ class History:
     sleeps: dict[str, str] = field(factory=dict)
     last_key: str | None = None
     has_left_out: bool = False  # open failures were dropped, so the stored snapshot is outdated
+    key_generation: int = 0  # how often it was rewound with new idempotency keys
     _settled: int = -1  # a wait of the own thread has settled all failures up to this number
     _in_order: list[str] = field(factory=list)  # recorded by the own thread, not yet asked for
     _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
@@ -49,6 +50,7 @@ class History:
         metas = {key: step.get("meta") or {} for key, step in recorded.items()}
         seqs = {key: _positive(meta.get("seq")) for key, meta in metas.items()}
         history = cls()
+        history.key_generation = _positive(metadata.get("keyGeneration"))
         if "settled" in metadata:
             history._settled = _positive(metadata["settled"])
         settled = max(history._settled, _own_thread_went_on_after(metas, seqs))

@@ -118,11 +118,14 @@ class Step:
     def idempotency_key(self, key: str) -> str:
         """Return ``"<workflow id>/<key>"``, for an API that accepts such a key.
 
-        It stays the same however often the step is retried.
+        It stays the same however often the step is retried. A rewind with ``new_keys=True`` appends
+        ``#1`` to it, the next such rewind ``#2``.
 
         Raises:
             WorkflowError: the workflow runs in memory, where it has no id.
         """
         if self.workflow_id is None:
             raise WorkflowError("an in-memory workflow has no id; use Durable.run(id, ...)")
-        return f"{self.workflow_id}/{check_id(key, 'step key')}"
+        generation = self._run.history.key_generation
+        suffix = f"#{generation}" if generation else ""
+        return f"{self.workflow_id}/{check_id(key, 'step key')}{suffix}"

@@ -172,8 +172,8 @@ WRITES = [
     *("save", "create", "begin", "take_up", "write", "fold", "finish", "finish_and_fold"),
     *("append", "append_in_transaction", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),
-    *("discard", "delete", "cancel", "signal", "acquire", "take_over", "save_under_lease"),
-    *("renew", "release"),
+    *("discard", "delete", "cancel", "rewind", "signal"),
+    *("acquire", "take_over", "save_under_lease", "renew", "release"),
 ]
 READS_AND_HOUSEKEEPING = [
     *(
@@ -189,7 +189,7 @@ READS_AND_HOUSEKEEPING = [
         "runs",
         "get",
     ),
-    *("pending", "stats", "prunable", "delete_many", "delete_many_journals"),
+    *("pending", "unfinished", "stats", "prunable", "delete_many", "delete_many_journals"),
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
 ]
 NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
