@@ -189,3 +189,15 @@ def test_the_run_time_dependencies_are_psycopg_and_attrs() -> None:
     owners = packages_distributions()
     used = {owner for name in json.loads(loaded) for owner in owners.get(name, ())}
     assert {owner.lower().replace("_", "-") for owner in used} <= MAY_LOAD
+
+
+def test_no_file_is_long_and_no_function_is() -> None:
+    """Whoever opens one reads it in minutes."""
+    long = []
+    for file in FILES:
+        text = file.read_text("utf-8")
+        functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+        long += [n.name for n in functions if (n.end_lineno or 0) - n.lineno >= 60]
+        if text.count("\n") > 400:
+            long.append(file.name)
+    assert long == []
