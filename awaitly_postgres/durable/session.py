@@ -405,6 +405,7 @@ class Session:
                     # One of the pool's has gone back by now, and may be at work for another thread.
                     if used is not None and self.policy.transaction is not None:
                         self._db.abandon(used)
+                    used = None  # which, if struck on its way, it does when nobody holds it
                     committed = self._has_committed(key, step, error)
                 if not committed:
                     self._run.forget(key)
