@@ -71,15 +71,15 @@ def one_turn(durable: Durable, chance: random.Random) -> None:
         if error.id.startswith(f"own-{os.getpid()}-"):
             raise  # a new id of our own: whoever has it is we ourselves
     except (LeaseLost, StoreUnavailable) as error:
-        workload.notes.add("met", type(error).__name__)
+        workload.notes.add("met", type(error).__name__, error)
     except (Left, WorkflowDrift) as error:
         # Drift: it has ended before it came to what its threads had done.
         if workload.hasty is None:
             raise
-        workload.notes.add("met", type(error).__name__)
+        workload.notes.add("met", type(error).__name__, error)
     except (ConnectionResetError, psycopg.OperationalError) as error:
         # Raised by a body, recorded, and tried again.
-        workload.notes.add("met", type(error).__name__)
+        workload.notes.add("met", type(error).__name__, error)
 
 
 def roll_call(store: SnapshotStore, size: int) -> None:
