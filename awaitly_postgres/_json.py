@@ -135,13 +135,6 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
             refuse(path, "it contains a lone surrogate, which is not valid Unicode")
         return _encoder.encode(value)
 
-    def number(value: float) -> str:
-        value = float(value)
-        if value.is_integer():
-            # As an int with a point: JSONB keeps neither exponents nor the sign of a zero.
-            return f"{int(value)}.0"
-        return float.__repr__(value)
-
     def write(value: Any, path: str) -> str:
         if value is None or isinstance(value, bool):
             return _encoder.encode(value)
@@ -155,7 +148,7 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
         if isinstance(value, float):
             if not math.isfinite(value):
                 refuse(path, f"{value} is not a JSON number")
-            return number(value)
+            return _number(float(value))
         if not isinstance(value, (dict, list, tuple)):
             kind = type(value)
             name = kind.__name__ if kind.__module__ == "builtins" else _qualified(kind)
@@ -182,6 +175,13 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
         return write(value, path)
     except RecursionError:
         refuse(path, "it is nested too deeply for the stack that is left")
+
+
+def _number(value: float) -> str:
+    if value.is_integer():
+        # Through int, and with the point: JSONB keeps neither exponents nor a minus on zero.
+        return f"{int(value)}.0"
+    return float.__repr__(value)
 
 
 def _is_unicode(value: str) -> bool:

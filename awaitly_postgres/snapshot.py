@@ -41,7 +41,6 @@ class StepResult:
         cause: the serialised exception, if it failed.
         meta: among others ``startedAt`` (ISO 8601), ``durationMs`` (milliseconds), ``seq`` (its
             number in the run, from 1) and, for a failure, ``origin``.
-        extra: fields that this package does not know.
     """
 
     ok: bool
@@ -121,7 +120,6 @@ class Execution:
         last_updated: when the snapshot was composed.
         completed_at: when the run ended; None while it is running.
         current_step_id: the key of the step recorded last, unless the run has completed.
-        extra: fields that this package does not know.
     """
 
     status: Status
@@ -164,7 +162,6 @@ class WorkflowSnapshot:
         metadata: the name and version of the workflow, its input and output, and what the user
             added; None if there is none.
         warnings: what the JavaScript package noted about steps it could not serialise; kept as is.
-        extra: fields that this package does not know.
 
     Example:
         >>> snapshot = WorkflowSnapshot.from_json({
@@ -284,7 +281,7 @@ def compose(
     metadata: Mapping[str, Any],
     texts: Mapping[str, str],
 ) -> str:
-    """Compose the snapshot of a run as it stands now.
+    """Return the snapshot of a run as it stands now, as JSON text.
 
     Args:
         base: the snapshot that the run was resumed from; its unknown fields survive.
@@ -293,9 +290,6 @@ def compose(
         last_key: the key of the step recorded last.
         metadata: added to the metadata of ``base``.
         texts: further members of the metadata, as JSON text.
-
-    Returns:
-        The JSON text.
     """
     now = timestamp()
     execution = {"status": status, "lastUpdated": now}

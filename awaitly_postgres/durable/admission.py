@@ -20,16 +20,13 @@ from ..errors import (
 from ..snapshot import WorkflowSnapshot
 from ..store import lease as leases
 from ..store import renewal
-from ..store.database import Database, Row, execute
+from ..store.database import Database, Row
 from ..store.lease import Lease
-from ..store.rows import is_input
+from ..store.rows import decode_snapshot, is_input
 from ..store.statements import Statements
-from ..store.store import decode_snapshot
 from .checkpoints import Checkpoints
 from .pending import pause_after
 from .registry import Entry
-
-RELEASE_TIMEOUT = 2.0  # seconds to retry a release: after an outage the caller has waited enough
 
 
 class TouchedMeanwhile(AwaitlyError):
@@ -114,8 +111,8 @@ class Admission:
             if self._is_finished(found.snapshot):
                 return Finished(found.snapshot)
             if not as_it_was:
-                # Refused before it counts. From `resume_pending` it counts as a start, so that the
-                # run backs off: see `at_our_version`.
+                # Refused before the start is counted. From `resume_pending` it is refused after, in
+                # `at_our_version`, so that the run backs off.
                 self.entry.check_version(self.id, found.snapshot)
             self._acquire()
             if (taken := self._take_up(found)) is not None:
@@ -175,7 +172,7 @@ class Admission:
         A run that kills its process therefore backs off and reaches ``max_attempts`` like any
         other, instead of staying at the head of the queue. Returns the state as it is under the
         lease; None if it was written since it was found. May be repeated: the count is taken from
-        ``found``, so a second try writes the same, and its fence accepts the number of the first.
+        ``found``, so a retry writes the same one, and its fence accepts the number of the first.
         """
         metadata, journal = found.snapshot.metadata or {}, found.journal
         attempts = count(metadata.get("attempts"))
@@ -240,7 +237,7 @@ class Admission:
         # repeated, because no later holder has the same token.
         params = {"id": self._checkpoints.key, "token": self._checkpoints.token}
         with suppress(AwaitlyError):
-            self._db.run(lambda c: execute(c, self._sql.release, params), retry_for=RELEASE_TIMEOUT)
+            leases.release(self._db, params, leases.RELEASE_TIMEOUT)
 
     def finished(self) -> None:
         """Note that the statement that recorded the end has also released the lease."""

@@ -14,11 +14,12 @@ from .. import _json
 from .._checks import moment
 from ..errors import LeaseLost, StoreUnavailable, WorkflowError
 from ..store.database import Connection, Database, execute, fetch
+from ..store.rows import decode_snapshot
 from ..store.statements import Statements
-from ..store.store import decode_snapshot
+from ..store.transaction import OpenTransaction
 from ..workflow.history import History
 from .pending import pause_after
-from .transaction import OpenTransaction, StepTransaction
+from .transaction import StepTransaction
 
 # Both in characters. PostgreSQL moves a row larger than IN_ROW to its TOAST table, and rewriting it
 # there costs more than appending a step. Folding the journal is not worth it below FOLDED.
@@ -94,7 +95,7 @@ class Checkpoints:
         id: the run's id as the user gave it, for messages.
         key: its id in the tables, prefix included.
         token: the token of its lease.
-        ttl: seconds by which each write extends the lease.
+        ttl: seconds that the lease lasts from a write that renews it.
         history: the recorded steps.
         document: composes the snapshot of the run as it stands now.
         open_transaction: opens the transactions of ``step.transaction``; None uses a pooled

@@ -134,7 +134,7 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
             whatever the workflow raises; the run is then recorded as failed and can be resumed.
             AlreadyRunning: another process is running it.
             WorkflowConflict: the id belongs to another workflow or input.
-            VersionMismatch, WorkflowDrift: the code has changed; no new step ran.
+            VersionMismatch, WorkflowDrift: the code has changed; nothing was erased.
             WorkflowSuspended: the run waits for a time or a signal.
             WorkflowCancelled: the run was cancelled.
             LeaseLost: this process stalled past ``lock_ttl`` and another took over, or the database

@@ -1,4 +1,4 @@
-"""Looking at stored runs: one with its steps, a listing, or the result of another process."""
+"""Reading stored runs: one with its steps, a listing, or the result of another process."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from .. import _json
 from .._checks import check_limit
 from ..errors import WorkflowCancelled, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot
-from ..store.rows import RunInfo, State, StepInfo, check_state, steps_of
-from ..store.store import decode_snapshot
+from ..store.rows import RunInfo, State, StepInfo, check_state, decode_snapshot, steps_of
 from ..workflow import failure as _failure
 from ..workflow.codec import decode
 from .options import Options
@@ -21,7 +20,7 @@ from .options import Options
 RunInfos = list[RunInfo]  # inside Durable, ``list`` is a method
 
 _ENDED = ("completed", "failed", "cancelled")
-_POLL = 0.05, 1.0  # seconds between two looks at a run that has not ended: at first, at most
+_POLL = 0.05, 1.0  # seconds between two reads of a run that has not ended: at first, at most
 
 
 @define(eq=False, slots=False)
@@ -31,12 +30,12 @@ class Looking(Options):
     def get(self, id: str) -> RunInfo | None:
         """Return the run stored as ``id`` with its steps, or None if there is none.
 
-        Its result is decoded as `run` would return it, if its workflow is registered here; values
-        of steps are JSON, as stored. Errors are exceptions of their own class where that is loaded,
-        else `StepFailed`.
+        Its result is decoded as `run` would return it, if its workflow is registered here; the
+        values of its steps are JSON, as stored. Errors are exceptions of their own class if that is
+        loaded, else `StepFailed`.
 
         Raises:
-            SnapshotFormatError: what is stored is no snapshot, or the codec cannot decode it.
+            SnapshotFormatError: what is stored is not a snapshot, or the codec cannot decode it.
         """
         store = self.store
         rows = store._db.rows(store._sql.get, {"id": store.key(id)})
@@ -77,10 +76,10 @@ class Looking(Options):
         Args:
             prefix: only ids that start with exactly this.
             workflow: only runs of the workflow with this name.
-            state: only runs in this state, a word of `RunInfo`.
-            metadata: only runs whose metadata contain this, in the sense of JSONB's ``@>``.
-            limit: at most so many.
-            after: the last entry of the page before.
+            state: only runs in this state, one of the states of `RunInfo`.
+            metadata: only runs whose metadata contains this, in the sense of JSONB's ``@>``.
+            limit: at most this many.
+            after: the last entry of the previous page; None starts with the newest run.
         """
         store = self.store
         unfinished = state is not None and state != "completed"
@@ -98,19 +97,19 @@ class Looking(Options):
         return [RunInfo.from_columns(row, store.prefix) for row in rows]
 
     def result(self, id: str, *, timeout: float | None = None) -> Any:
-        """Wait until the run stored as ``id`` has ended; return or raise what it did.
+        """Wait until the run stored as ``id`` has ended; return its result, or raise its error.
 
-        While it waits for a signal, or is to be tried again, it has not ended.
+        A run that waits for a signal, or that will be retried, has not ended.
 
         Args:
-            id: the run, which another thread or process works on.
-            timeout: seconds to wait at most; None for as long as it takes.
+            id: the id of the run, which another thread or process is running.
+            timeout: seconds to wait at most; None waits until the run has ended.
 
         Raises:
-            TimeoutError: it has not ended by then. It goes on.
-            WorkflowNotFound: nothing is stored there.
-            WorkflowCancelled: it was cancelled.
-            and what the run was given up with.
+            the error that the run failed with for good.
+            TimeoutError: the run has not ended in time. It is not stopped.
+            WorkflowNotFound: nothing is stored as ``id``.
+            WorkflowCancelled: the run was cancelled.
         """
         pause, longest = _POLL
         give_up_at = None if timeout is None else time.monotonic() + timeout

@@ -10,10 +10,10 @@ from attrs import define, field
 from .._checks import OnDrift, check_limit, check_on_drift, check_ttl
 from ..store.lease import DEFAULT_TTL
 from ..store.store import SnapshotStore
+from ..store.transaction import OpenTransaction
 from ..workflow.codec import Codec, encode
 from ..workflow.event import OnEvent
 from .registry import Registry
-from .transaction import OpenTransaction
 
 
 @define(eq=False, slots=False)

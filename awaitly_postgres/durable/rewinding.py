@@ -14,9 +14,9 @@ from .._checks import check_id
 from ..errors import AlreadyRunning, AwaitlyError, LeaseLost, WorkflowConflict, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot, as_mapping, compose
 from ..store import lease as leases
-from ..store.database import execute, fetch
+from ..store.database import fetch
 from ..workflow.history import History
-from .admission import RELEASE_TIMEOUT, count
+from .admission import count
 from .options import Options
 
 # Metadata that tell how far the run had come, beside those that hold for one snapshot only.
@@ -142,7 +142,7 @@ class Rewinding(Options):
             raise
         except BaseException:
             with suppress(AwaitlyError):
-                db.run(lambda c: execute(c, db.sql.release, params), retry_for=RELEASE_TIMEOUT)
+                leases.release(db, params, leases.RELEASE_TIMEOUT)
             raise
 
 

@@ -181,7 +181,7 @@ class Session:
         return self._decode_output(_json.as_stored(output))
 
     def _end(self, error: BaseException) -> EventType:
-        """Record how the run ended, if its end may be recorded; return the event that tells it."""
+        """Record how the run ended, if that may be recorded; return the type of the event."""
         ours = error is self._run.interruption
         if ours and isinstance(error, WorkflowSuspended):
             self._finish(lambda: self._document("running", suspended=True))
@@ -207,7 +207,7 @@ class Session:
         )
         if not done and tries > 1:
             # An earlier try may have done it, with only its reply lost. Its lease is gone then, so
-            # the retry changed nothing; the stored end tells whether it is this one.
+            # the retry changed nothing. The stored end shows whether it is this one: it has a time.
             stored = self.options.store.load(self.id)
             if forget or stored is None:
                 done = forget and stored is None
@@ -218,8 +218,8 @@ class Session:
         self._admission.finished()
 
     def _raise_if_cancelled(self, error: LeaseLost) -> None:
-        # `cancel` takes the lease away, so its victim first sees `LeaseLost`. If the database
-        # cannot tell now, that stands.
+        # `cancel` revokes the lease, so the run's next write fails with `LeaseLost`. That error
+        # stands if the database cannot be asked why.
         stored = None
         with suppress(AwaitlyError):
             stored = self.options.store.load(self.id)
@@ -267,7 +267,7 @@ class Session:
         return text
 
     def _given_before(self) -> Mapping[str, Any]:
-        """Return the metadata that the user has given to earlier starts of this run."""
+        """Return the metadata that the user gave to earlier starts of this run."""
         stored = self._stored.metadata if self._stored else None
         return as_mapping(as_mapping(stored).get("custom"))
 

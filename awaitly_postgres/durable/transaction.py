@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,11 +11,10 @@ from attrs import define, field
 
 from ..errors import LeaseLost, StoreUnavailable
 from ..store.database import ROLLBACK, Connection, driver_error, fetch
+from ..store.transaction import Transaction
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoints, Written
-
-OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 
 
 @define(eq=False)
@@ -28,20 +27,23 @@ class StepTransaction:
 
     _run: Checkpoints
     _key: str
-    _open: ExitStack = field(factory=ExitStack)
+    _transaction: Transaction = field(init=False)
     _conn: Connection | None = None
     _isolated: bool = False
     _step: str | None = None  # its JSON, once the history has it
     _before: Written | None = None  # the state to restore if the step is rolled back
     _committed: bool = False
 
+    def __attrs_post_init__(self) -> None:
+        self._transaction = Transaction(self._run.db, self._run.open_transaction)
+
     def __enter__(self) -> Connection:
         run = self._run
         # Read before the transaction begins, so that what it sees is at least as new. Read later,
         # these could name a checkpoint of another thread that an isolated transaction, which began
-        # before it, cannot see: the check would take it for lost history.
+        # before it, cannot see: the check would mistake it for lost history.
         params = run.next_write()
-        conn = self._conn = self._open.enter_context(run.db.transaction(run.open_transaction))
+        conn = self._conn = self._transaction.begin()
         self._isolated = run.db.isolates(conn)
         if self._isolated and not fetch(conn, run.db.sql.check_history, params):
             raise LeaseLost(run.id)
@@ -78,10 +80,10 @@ class StepTransaction:
                 f"step {self._key!r} rolled its transaction back (psycopg.Rollback), so there is "
                 "nothing to record; raise another exception to fail the step, or return a value"
             ) from error
-        self._open.__exit__(kind, error, traceback)
+        self._transaction.end(error)
         if error is None:
-            # In this order, because an exception may strike between any two lines: `settle` takes a
-            # step that is neither in doubt nor marked as committed for one that was rolled back.
+            # In this order, because an exception may strike between any two lines, and `settle`
+            # treats a step that is neither in doubt nor marked as committed as rolled back.
             self._committed = True
             self._clear_doubt()
             self._leave_turn()
@@ -99,11 +101,9 @@ class StepTransaction:
         try:
             # First end what is still open. If the commit was not sent this rolls back, so that the
             # lookup below finds an outcome and does not wait for a transaction of this thread.
-            with suppress(Exception):
-                self._open.__exit__(type(error), error, error.__traceback__)
+            closed = self._transaction.give_up(error)
             refused = driver_error(error) is not None
-            lost = refused and self._conn is not None and self._conn.closed
-            run.db.abandon(self._conn)
+            lost = refused and closed
             committed = self._committed
             in_doubt = not committed and run.in_doubt == self._key and self._step is not None
             # An error from the server on a live connection is an answer: it was rolled back. After

@@ -16,6 +16,7 @@ from attrs import frozen
 
 from .. import _json
 from .._checks import check_id, moment
+from ..errors import NotSerializable, SnapshotFormatError
 from ..snapshot import OURS, STATUSES, WorkflowSnapshot, as_mapping
 
 __all__ = [
@@ -222,6 +223,33 @@ def reasons(failure: object) -> tuple[str, ...]:
             told.append(": ".join(str(part) for part in (name, message) if part))
         failure = failure.get("cause")
     return tuple(told)
+
+
+def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:
+    """Check a snapshot and write it as JSON text, before any connection is asked for."""
+    if isinstance(snapshot, Mapping):
+        snapshot = WorkflowSnapshot.from_json(snapshot)
+    if not isinstance(snapshot, WorkflowSnapshot):
+        raise TypeError(
+            "snapshot must be a WorkflowSnapshot or its JSON as a mapping, "
+            f"not {type(snapshot).__name__}"
+        )
+    try:
+        return _json.dumps(snapshot.to_json())
+    except NotSerializable as error:
+        raise NotSerializable(error.path, error.reason, f"the snapshot for {id!r}") from None
+
+
+def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot:
+    """Read a row: the snapshot, with the steps of its journal laid under it."""
+    try:
+        document = _json.loads(text)
+        appended = _json.loads(journal) if journal else {}
+    except (ValueError, RecursionError) as error:
+        raise SnapshotFormatError(id, [f"it cannot be decoded: {error}"]) from error
+    if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
+        document["steps"] = {**appended, **document["steps"]}
+    return WorkflowSnapshot.from_json(document, id=id)
 
 
 def is_input(value: object) -> bool:

@@ -58,15 +58,15 @@ def from_json(key: str, step: Mapping[str, Any]) -> Exception:
 
 
 def of_run(key: str, failure: Mapping[str, Any]) -> Exception:
-    """Rebuild what a run has failed with: ``cause`` with the ``exception`` beside what Node reads.
+    """Rebuild the exception that a run failed with, from what `run_to_json` returned.
 
-    ``key`` is its last step, for the message of a `StepFailed`.
+    ``key`` is the last step of the run, for the message of a `StepFailed`.
     """
     return from_json(key, {"cause": failure, "meta": {"exception": failure.get("exception")}})
 
 
 def run_to_json(error: BaseException) -> dict[str, Any]:
-    """Return what the metadata of a failed run tell of ``error``; `of_run` reads it."""
+    """Return ``error`` for the metadata of a failed run: its cause as Node reads it, and more."""
     told = to_json(error)
     return {**told["cause"], "exception": told["meta"]["exception"]}
 

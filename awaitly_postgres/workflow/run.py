@@ -260,7 +260,8 @@ class Run:
             yield
         except BaseException as error:
             unrecorded = key not in self._done or not isinstance(error, Exception)
-            if unrecorded and not isinstance(error, Interrupted):
+            # GeneratorExit: an exception struck just outside this block and has been handled.
+            if unrecorded and not isinstance(error, (Interrupted, GeneratorExit)):
                 self._stop(error)
             raise
         finally:
