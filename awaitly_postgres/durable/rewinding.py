@@ -1,4 +1,4 @@
-"""Going back: a run is put back to before one of its steps, or copied up to there."""
+"""Going back: a run is taken back to one of its steps, copied up to there, or tried again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _OUTDATED = ("cancelledAt", "lastStepKey")
 
 @define(eq=False, slots=False)
 class Rewinding(Options):
-    """The part of `Durable` that takes runs back to an earlier step."""
+    """The part of `Durable` that takes runs back to an earlier step, or makes them due."""
 
     def rewind(self, id: str, key: str, *, new_keys: bool = False) -> list[str]:
         """Forget step ``key`` of the run stored as ``id`` and all recorded after it.
@@ -102,6 +102,23 @@ class Rewinding(Options):
             name = as_mapping(there and there.metadata).get("workflow")
             raise WorkflowConflict(new_id, "workflow", repr(name), f"a fork of {id!r}")
         return list(part.kept)
+
+    def retry(self, id: str) -> bool:
+        """Make the run stored as ``id`` due now, so that `resume_pending` takes it up.
+
+        Neither the pause after a failure, nor a number of failed starts, nor a delay holds it back
+        any longer. A sleep or wait that is not over suspends it again.
+
+        Returns:
+            True if it is due; False if there is no such unfinished run.
+
+        Raises:
+            AlreadyRunning: a process has the run; nothing was changed.
+        """
+        sql = self.store._sql
+        with self._leased(id) as params:
+            due = self.store._db.told(lambda conn: fetch(conn, sql.make_due, params))
+        return bool(due)
 
     def _stored(self, id: str) -> WorkflowSnapshot:
         snapshot = self.store.load(id)

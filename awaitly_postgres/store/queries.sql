@@ -532,6 +532,22 @@ UPDATE {snapshots} SET
 WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
 RETURNING 1
 
+-- name: make_due
+-- Lets a run be started again now, whatever pause it has and however often it has failed; it keeps
+-- what it waits for. Nothing changes if it has ended, or was not stored by a Durable. It releases
+-- the lease that was taken for it, and is sent as rewind is.
+WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
+UPDATE {snapshots} SET
+    updated_at = clock_timestamp(),
+    snapshot = snapshot || jsonb_build_object(
+        'metadata', ((snapshot->'metadata') - '{wakeAt,gaveUpAt}'::text[]) || '{"attempts": 0}'
+    )
+WHERE id = %(id)s
+    AND EXISTS (SELECT FROM fence)
+    AND {cancellable}
+    AND jsonb_typeof(snapshot->'metadata'->'workflow') = 'string'
+RETURNING 1
+
 -- name: signal
 -- Puts a value where step.wait(key) looks for it, without the lease; keep_signals keeps it
 -- there. The first signal for a key stays. A run that is completed or cancelled takes none.
