@@ -112,7 +112,7 @@ class Admission:
                 return Finished(found.snapshot)
             if not as_it_was:
                 # Refused before the start is counted. From `resume_pending` it is refused after, in
-                # `at_our_version`, so that the run backs off.
+                # `Session._restore`, so that the run backs off.
                 self.entry.check_version(self.id, found.snapshot)
             self._acquire()
             if (taken := self._take_up(found)) is not None:
