@@ -761,6 +761,7 @@ WHERE {unfinished}
     AND COALESCE(jsonb_typeof(snapshot->'metadata'->'workflow') = 'string', false)
     AND COALESCE(snapshot->'metadata'->'cancelledAt' IS NULL, true)
     AND COALESCE(snapshot->'metadata'->'gaveUpAt' IS NULL, true)
+    AND COALESCE(octet_length(id) <= {max_id}, false)
     {and_in_range}
     AND (updated_at, id COLLATE "C")                           -- if behind_time
         > (%(behind_time)s::timestamptz, %(behind_id)s::text)  -- if behind_time

@@ -253,9 +253,15 @@ def test_what_a_changed_codec_cannot_decode_is_told(deploys: Deploys) -> None:
 
 
 def test_a_row_that_is_no_snapshot_is_told_and_stops_nothing(deploys: Deploys, db: DB) -> None:
-    """Whatever has damaged it."""
+    """Whatever has damaged it. What has no id that could be resumed is passed over."""
     durable = deploys.leave_one("a")
     deploys.leave_one("b")
+    for id in ("", "x" * 1001):
+        db.execute(
+            "INSERT INTO awaitly_snapshots SELECT %s, snapshot FROM awaitly_snapshots "
+            "WHERE id = 'b'",
+            [id],
+        )
     db.execute("UPDATE awaitly_snapshots SET snapshot = snapshot - 'steps' WHERE id = 'a'")
     (problem,) = durable.check()
     assert (problem.id, problem.kind) == ("a", "undecodable")
