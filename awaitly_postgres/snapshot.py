@@ -17,7 +17,10 @@ from .errors import SnapshotFormatError
 FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
 # What the metadata tell of one moment only: each new document writes it anew, or not at all.
-OF_THIS_MOMENT = ("output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt")
+OF_THIS_MOMENT = (
+    *("output", "failure", "failures", "gaveUpAt"),
+    *("waits", "sleeps", "settled", "wakeAt"),
+)
 _OBJECT = (dict, Mapping)  # dict first: to ask the abstract class takes longer than all the rest
 
 Status = Literal["running", "completed", "failed"]

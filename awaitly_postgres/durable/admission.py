@@ -17,18 +17,20 @@ from ..errors import (
     VersionMismatch,
     WorkflowCancelled,
     WorkflowConflict,
+    WorkflowError,
 )
 from ..snapshot import WorkflowSnapshot
 from ..store import lease as leases
 from ..store import renewal
-from ..store.database import Database, Row, execute
+from ..store.database import Database, Row, execute, fetch
 from ..store.lease import Lease
 from ..store.rows import is_input
 from ..store.statements import Statements
 from ..store.store import decode_snapshot
+from ..workflow import failure
 from ..workflow.workflow import stored_version
 from .checkpoints import Checkpoints
-from .pending import pause_after
+from .pending import has_no_starts_left, pause_after
 from .registry import Entry
 
 RELEASE_TIMEOUT = 2.0  # seconds to give a lease back in: after an outage, enough was waited already
@@ -39,6 +41,16 @@ class TouchedMeanwhile(AwaitlyError):
 
     def __init__(self, id: str) -> None:
         super().__init__(f"another process got to {id!r} first")
+
+
+class NoStartsLeft(WorkflowError):
+    """The run was started as often as it may be, and each time died before it could say why."""
+
+    def __init__(self, id: str, attempts: int) -> None:
+        super().__init__(
+            f"workflow {id!r} was started {attempts} times without getting further, and is given "
+            f"up. resume({id!r}) starts it again."
+        )
 
 
 @frozen
@@ -74,23 +86,31 @@ class Finished:
     snapshot: WorkflowSnapshot
 
 
+@frozen
+class GivenUp:
+    """Not admitted: the run has no starts left, and is stored as failed for good."""
+
+    error: NoStartsLeft
+
+
 @define(eq=False)
 class Admission:
     """Takes the lease on one run, admits a start of it, and gives the lease back.
 
-    ``first_document`` composes the snapshot of a new run.
+    ``first_document`` composes the snapshot of a new run. ``max_attempts`` is for starts from cron.
     """
 
     id: str
     entry: Entry
     input: str  # JSON text
     first_document: Callable[[], str]
+    max_attempts: int | None
     lease: Lease | None = None
     _checkpoints: Checkpoints = field(kw_only=True)
     _may_have_lease: bool = False  # asked for, and an exception may have struck before the answer
     _pid: int = field(factory=os.getpid)
 
-    def admit(self, found: Found | None, as_it_was: bool) -> New | TakenUp | Finished:
+    def admit(self, found: Found | None, as_it_was: bool) -> New | TakenUp | Finished | GivenUp:
         """Take the lease, and count the start before any of the user's code runs."""
         if found is None:
             begun = self._begin()
@@ -112,6 +132,8 @@ class Admission:
             if not as_it_was:
                 self._check_version(found.snapshot)  # from cron, it counts as a start
             self._acquire()
+            if as_it_was and has_no_starts_left(starts := _starts_of(found), self.max_attempts):
+                return self._give_up(found, starts)
             if (taken := self._take_up(found)) is not None:
                 return TakenUp(taken)
             if as_it_was:
@@ -165,12 +187,8 @@ class Admission:
         the head of the queue. Returns the state under the lease; None if it was touched since it
         was found. A second try of the same write writes the same.
         """
-        metadata, journal = found.snapshot.metadata or {}, found.journal
-        attempts = count(metadata.get("attempts"))
-        if attempts > 1 and journal and _has_success(journal):
-            attempts = 1  # the last start got further: it was the first of a new count
-        attempts += 1
-        self._checkpoints.attempts = attempts
+        metadata = found.snapshot.metadata or {}
+        self._checkpoints.attempts = attempts = _starts_of(found) + 1
         counted: dict[str, Any] = {"attempts": attempts}
         if isinstance(waits := metadata.get("waits"), Mapping):
             earlier = metadata.get("sleeps")
@@ -187,6 +205,26 @@ class Admission:
             return None
         self._checkpoints.taken_up(len(rows[0][0]))
         return decode_snapshot(self.id, rows[0][0], None)
+
+    def _give_up(self, found: Found, attempts: int) -> GivenUp:
+        """Store that the run is not started again by itself, and give the lease back.
+
+        Whoever could have said so when it failed was killed, or its code refused.
+        """
+        self._checkpoints.attempts = attempts
+        error = NoStartsLeft(self.id, attempts)
+        reason = failure.to_json(error)["cause"]
+        if (earlier := (found.snapshot.metadata or {}).get("failure")) is not None:
+            reason["cause"] = earlier
+        params = {
+            **self._checkpoints.next_write(),
+            "seen": found.written_at,
+            "failure": _json.dumps(reason),
+        }
+        if not self._db.told(lambda conn: fetch(conn, self._sql.give_up, params)):
+            raise TouchedMeanwhile(self.id)
+        self.finished()
+        return GivenUp(error)
 
     def _is_finished(self, stored: WorkflowSnapshot) -> bool:
         """Tell whether there is an output to return; raise if the state is not this run's."""
@@ -261,6 +299,17 @@ class Admission:
 def count(value: object) -> int:
     """Return a number of attempts; none where somebody has edited it to something else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _starts_of(found: Found) -> int:
+    """Return how often the run was started since it last got further, or was given up."""
+    metadata = found.snapshot.metadata or {}
+    if "gaveUpAt" in metadata:
+        return 0  # whoever starts it now has been asked to
+    attempts = count(metadata.get("attempts"))
+    if attempts > 1 and found.journal and _has_success(found.journal):
+        return 1  # the last start got further: it was the first of a new count
+    return attempts
 
 
 def _has_success(journal: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from attrs import define
@@ -18,6 +19,8 @@ from ..store.database import Connection
 from ..workflow.codec import encode
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
+from .options import check_verdicts
+from .pending import Backoff
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
 from .session import Session
@@ -39,7 +42,11 @@ class Durable(Resuming, Steering):
         on_event: called with an `Event` at every turn; its errors are logged.
         on_complete: ``"delete"`` forgets a run when it completes; its id can then run again.
         on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
-        max_attempts: `resume_pending` skips runs already started this many times; None: never.
+        max_attempts: a run is given up when it has been started this many times without getting
+            further; None: never.
+        backoff: says how long a run pauses that has failed: a function of the error and the number
+            of the attempt (from 1) that returns seconds or a timedelta, or None to give the run
+            up. Default: 1 s, 2 s, 4 s ... 1 h.
         metadata: stored with every run started here.
         transaction: opens the transactions of ``step.transaction``: a context manager that gives a
             psycopg connection and commits when it closes. Default: one of the store's connections.
@@ -66,6 +73,8 @@ class Durable(Resuming, Steering):
         name: str | None = None,
         version: int = 1,
         on_version_mismatch: OnVersionMismatch = "error",
+        max_attempts: int | EllipsisType | None = ...,
+        backoff: Backoff | None = None,
     ) -> Callable[[F], F]: ...
 
     def workflow(
@@ -76,6 +85,8 @@ class Durable(Resuming, Steering):
         name: str | None = None,
         version: int = 1,
         on_version_mismatch: OnVersionMismatch = "error",
+        max_attempts: int | EllipsisType | None = ...,
+        backoff: Backoff | None = None,
     ) -> F | Callable[[F], F]:
         """Register a workflow function, so that its runs can be resumed; returns it unchanged.
 
@@ -87,14 +98,18 @@ class Durable(Resuming, Steering):
             on_version_mismatch: what to do with unfinished state of another version: ``"error"``,
                 ``"clear"`` (start afresh), or a function of the snapshot and the version wanted
                 that returns the snapshot to go on from.
+            max_attempts: as of `Durable`, for the runs of this workflow (default: as there).
+            backoff: as of `Durable`, for the runs of this workflow (default: as there).
         """
         if not isinstance(version, int) or isinstance(version, bool):
             raise TypeError(f"version must be an integer, not {version!r}")
         if on_version_mismatch not in ("error", "clear") and not callable(on_version_mismatch):
             raise ValueError("on_version_mismatch must be 'error', 'clear' or a function")
+        check_verdicts(None if isinstance(max_attempts, EllipsisType) else max_attempts, backoff)
 
         def register(fn: F) -> F:
-            self._workflows.add(Entry(name or name_of(fn), fn, version, on_version_mismatch))
+            rules = (version, on_version_mismatch, max_attempts, backoff)
+            self._workflows.add(Entry(name or name_of(fn), fn, *rules))
             return fn
 
         return register if fn is None else register(fn)
@@ -110,7 +125,8 @@ class Durable(Resuming, Steering):
         round trip through JSON (and the codec).
 
         Raises:
-            whatever the workflow raises; the run is then recorded as failed and can be resumed.
+            whatever the workflow raises; the run is then recorded as failed and can be resumed,
+                even if it was given up.
             AlreadyRunning: another process has it.
             WorkflowConflict: the id belongs to another workflow or input.
             VersionMismatch, WorkflowDrift: the code has changed; nothing ran.

@@ -5,24 +5,31 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, Literal
 
 from attrs import frozen
 
 from ..snapshot import WorkflowSnapshot
 from ..workflow.workflow import name_of
+from .pending import Backoff
 
 OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int], WorkflowSnapshot]
 
 
 @frozen
 class Entry:
-    """A workflow function under its name, with the rule for state of other versions."""
+    """A workflow function under its name, with the rules for its runs.
+
+    Where it says nothing of ``max_attempts`` (``...``) or ``backoff``, those of the `Durable` hold.
+    """
 
     name: str
     fn: Callable[..., Any]
     version: int = 1
     on_version_mismatch: OnVersionMismatch = "error"
+    max_attempts: int | EllipsisType | None = ...
+    backoff: Backoff | None = None
 
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError, as the call itself would, if the function does not take these."""

@@ -20,15 +20,15 @@ from ..errors import (
     WorkflowDrift,
     WorkflowNotFound,
 )
-from ..store.rows import SnapshotInfo, is_input
+from ..store.rows import SnapshotInfo, is_input, read_time
 from ..store.store import Infos
-from .admission import Found, TouchedMeanwhile
+from .admission import Found, NoStartsLeft, TouchedMeanwhile
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
-_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # nothing has run
+_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError, NoStartsLeft)  # nothing has run
 
 
 @define(eq=False, slots=False)
@@ -38,7 +38,8 @@ class Resuming(Options):
     def resume(self, id: str) -> Any:
         """Finish the run stored as ``id`` with the registered workflow and its recorded input.
 
-        Ignores the pause after a failure. Returns the recorded output of a completed one.
+        Ignores the pause after a failure, and starts one that was given up, its attempts counted
+        afresh. Returns the recorded output of a completed one.
 
         Raises:
             WorkflowNotFound: nothing is stored there, or its workflow is not registered.
@@ -70,12 +71,14 @@ class Resuming(Options):
 
         Takes the registered workflows only, and those that nobody holds the lease of: the longest
         untouched first, in a random order where other workers are at it too. After a failure a run
-        pauses for 1 s, 2 s, 4 s ... 1 h.
+        pauses, as ``backoff`` says. One that died ``max_attempts`` times without getting further is
+        given up.
 
         Args:
             prefix: only ids that start with exactly this.
-            limit: run at most so many. What another process has, and what is refused because the
-                code has changed, does not count: it must not block the rest for ever.
+            limit: run at most so many. What another process has, what is refused because the code
+                has changed, and what is given up unstarted does not count: it must not block the
+                rest for ever.
             on_progress: called with each `Outcome` as it comes.
 
         Returns:
@@ -138,7 +141,6 @@ class Resuming(Options):
         return self.store.pending(
             prefix,
             workflows=workflows,
-            max_attempts=self.max_attempts,
             limit=limit,
             after=behind,
         )
@@ -161,4 +163,9 @@ class Resuming(Options):
                     raise
                 if isinstance(error, _TAKEN):
                     return Outcome(id, "skipped", None, error, attempts)
-            return Outcome(id, "failed", None, error, attempts)
+            retry_at = self._retry_at(id) if session and not session.gave_up else None
+            return Outcome(id, "failed", None, error, attempts, retry_at)
+
+    def _retry_at(self, id: str) -> datetime | None:
+        rows = self.store._db.rows(self.store._sql.retry_at, {"id": self.store.key(id)})
+        return read_time(rows[0][0]) if rows else None
