@@ -1,5 +1,6 @@
 """PostgreSQL persistence and durable execution for blocking Python."""
 
+from .durable.checking import Problem
 from .durable.durable import Durable
 from .durable.pending import Outcome
 from .errors import (
@@ -31,7 +32,7 @@ from .snapshot import (
 )
 from .store.lease import Lease
 from .store.postgres import postgres
-from .store.rows import SnapshotInfo, StoreStats
+from .store.rows import RunInfo, SnapshotInfo, StepInfo, StoreStats
 from .store.store import SnapshotStore
 from .workflow.codec import Codec
 from .workflow.event import Event
@@ -52,6 +53,8 @@ __all__ = [
     "LeaseLost",
     "NotSerializable",
     "Outcome",
+    "Problem",
+    "RunInfo",
     "SchemaMissing",
     "SnapshotError",
     "SnapshotFormatError",
@@ -59,6 +62,7 @@ __all__ = [
     "SnapshotStore",
     "Step",
     "StepFailed",
+    "StepInfo",
     "StepResult",
     "StoreError",
     "StoreStats",

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say how to install it."""
+    """Run the command line; if it is not installed, exit with a message that says how."""
     try:
         from .cli import cli
     except ModuleNotFoundError as error:

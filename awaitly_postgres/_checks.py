@@ -12,12 +12,12 @@ from .snapshot import STATUSES
 
 OnDrift = Literal["error", "ignore"]
 
-MAX_NAME = 48  # PostgreSQL cuts names at 63 bytes; ours grow by up to 15 (_updated_at_idx).
-MAX_ID = 1000  # bytes; id and key share one B-tree entry, which holds 2,704.
+MAX_NAME = 48  # PostgreSQL cuts names at 63 bytes; suffixes take up to 15 (_updated_at_idx)
+MAX_ID = 1000  # bytes; an id and a step key share one B-tree entry of at most 2,704
 
 
 def check_name(name: object, what: str) -> str:
-    """Return ``name`` if it may be the name of a table or schema, else raise ValueError."""
+    """Return ``name`` if it is allowed as the name of a table or schema, else raise ValueError."""
     if not isinstance(name, str):
         raise WrongType(f"{what} must be a string, not {type(name).__name__}")
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name, re.ASCII) or len(name) > MAX_NAME:
@@ -31,7 +31,7 @@ def check_name(name: object, what: str) -> str:
 def check_id(id: object, what: str = "id", room: int = 0) -> str:
     """Return ``id`` if it can be a key in the tables, else raise ValueError.
 
-    ``room`` is what a prefix takes of the `MAX_ID` bytes.
+    ``room`` is how many of the `MAX_ID` bytes a prefix takes.
     """
     if not isinstance(id, str):
         raise WrongType(f"{what} must be a string, not {type(id).__name__}")
@@ -56,14 +56,14 @@ def check_limit(limit: int, name: str = "limit") -> int:
 
 
 def check_status(status: str | None) -> str | None:
-    """Return ``status`` if it is one, or None; else raise ValueError."""
+    """Return ``status`` if it is one of `STATUSES` or None, else raise ValueError."""
     if status is not None and status not in STATUSES:
         raise ValueError(f"status must be one of {', '.join(STATUSES)}, not {status!r}")
     return status
 
 
 def check_ttl(ttl: float) -> float:
-    """Return ``ttl`` in seconds if it is a sensible one, else raise ValueError."""
+    """Return ``ttl``, in seconds, if it is positive and below 10**9, else raise ValueError."""
     if not 0 < ttl < 10**9:
         raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")
     return float(ttl)
@@ -78,13 +78,13 @@ def check_seconds(duration: float | timedelta, name: str = "duration") -> float:
 
 
 def check_on_drift(on_drift: str) -> None:
-    """Raise ValueError unless ``on_drift`` is one of the two words."""
+    """Raise ValueError unless ``on_drift`` is ``"error"`` or ``"ignore"``."""
     if on_drift not in typing.get_args(OnDrift):
         raise ValueError(f"on_drift must be 'error' or 'ignore', not {on_drift!r}")
 
 
 def moment(text: str | None) -> datetime:
-    """Read a time that the server wrote; what it cannot write (infinity) is far away."""
+    """Read a time that the server wrote; one that Python cannot hold (infinity) is year 9999."""
     try:
         return datetime.fromisoformat(text or "")
     except ValueError:

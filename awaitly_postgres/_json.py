@@ -1,8 +1,8 @@
-"""Strict JSON: what PostgreSQL's JSONB gives back unchanged, or an error with the path.
+"""Strict JSON: what PostgreSQL's JSONB returns unchanged, or an error with the path.
 
-``dumps`` refuses what JSONB would refuse or alter beyond recognition, and spells the rest so that
-it survives: 1e16 is written as ``10000000000000000.0`` because JSONB keeps ``1e+16`` as an
-integer. ``as_stored`` is the value as the server will return it, order of keys included.
+``dumps`` refuses what JSONB would refuse or change, and writes the rest so that it survives: 1e16
+is written as ``10000000000000000.0``, because JSONB would turn ``1e+16`` into an integer.
+``as_stored`` returns a value as the server will return it, order of keys included.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from .errors import NotSerializable
 
-MAX_DEPTH = 250  # of a document; here a level takes two frames, and Python has 1000 in all
-VALUE_DEPTH = 240  # of a value, which is stored some levels down in a document
+MAX_DEPTH = 250  # levels in a document; `_write` takes two frames for each, Python allows 1,000
+VALUE_DEPTH = 240  # levels in a value, which is stored some levels deep in a document
 MAX_BYTES = 268_435_455  # JENTRY_OFFLENMASK in PostgreSQL's utils/jsonb.h
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
@@ -23,13 +23,21 @@ _decoder_in_order = json.JSONDecoder(object_pairs_hook=lambda pairs: _jsonb_orde
 _STR, _SEQUENCES = {str}, {list, tuple}
 _SCALARS = {str, int, float, bool, type(None)}
 quote = json.encoder.encode_basestring  # a string without NUL and lone surrogates, as JSON
-encode_own = _encoder.encode  # what this package itself has made of strings and small numbers
+encode_own = _encoder.encode  # unchecked: for what this package composes of strings and numbers
 
 
 def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
-    """Encode ``value``; raise `NotSerializable` with the path of the first thing that does not fit.
+    """Return ``value`` as JSON text.
 
-    Tuples become lists; subclasses of str, int, float, list and dict become the plain thing.
+    Tuples become lists; subclasses of str, int, float, list and dict become the plain type.
+
+    Args:
+        value: what to encode.
+        path: its path, for error messages.
+        depth: how many levels it may have.
+
+    Raises:
+        NotSerializable: a part of it does not fit; the error has the path of the first one.
     """
     try:
         text = _encoder.encode(value)
@@ -37,7 +45,7 @@ def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
     except (TypeError, ValueError, RecursionError):
         text = _write(value, path, depth)
     else:
-        # Text that may stand for a float which JSONB would alter, or for a NUL.
+        # The text may contain a float that JSONB would change, or a NUL: look closely.
         suspect = "e+" in text or "-0.0" in text or "\\u0000" in text
         if suspect or not _is_plain(value, depth):
             text = _write(value, path, depth)
@@ -46,33 +54,33 @@ def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
 
 
 def check_size(text: str, subject: str | None, path: str = "$") -> None:
-    """Raise `NotSerializable` if ``text`` is more than one JSONB value holds."""
+    """Raise `NotSerializable` if ``text`` is larger than one JSONB value can be."""
     if len(text) > MAX_BYTES // 4 and (size := len(text.encode())) > MAX_BYTES:
         raise NotSerializable(path, f"{size:,} bytes, JSONB holds at most {MAX_BYTES:,}", subject)
 
 
 def join(texts: Mapping[str, str]) -> str:
-    """Make one JSON object of members that are JSON text already."""
+    """Return one JSON object whose members are given as JSON text."""
     return f"{{{','.join([f'{quote(name)}:{text}' for name, text in texts.items()])}}}"
 
 
 def join_to(value: dict[str, Any], texts: Mapping[str, str]) -> str:
-    """Encode ``value``, which is not empty, with further members that are JSON text already."""
+    """Encode ``value``, which is not empty, with further members given as JSON text."""
     return f"{dumps(value)[:-1]},{join(texts)[1:]}" if texts else dumps(value)
 
 
 def canonical(text: str) -> str:
-    """Return the one text that all spellings of the same JSON have in common."""
+    """Return the same text for all spellings of the same JSON."""
     return dumps(as_stored(text))
 
 
 def loads(text: str | bytes) -> Any:
-    """Decode what `dumps` or PostgreSQL wrote. Raises ValueError or RecursionError otherwise."""
+    """Decode what `dumps` or PostgreSQL wrote; raise ValueError or RecursionError otherwise."""
     return json.loads(text)
 
 
 def as_stored(text: str) -> Any:
-    """Decode ``text`` to the value that a round trip through JSONB gives, in its order of keys."""
+    """Decode ``text`` to the value that a round trip through JSONB gives, keys in its order."""
     return _decoder_in_order.raw_decode(text)[0]
 
 
@@ -88,7 +96,10 @@ def _key_rank(pair: tuple[str, Any]) -> tuple[int, bytes]:
 
 
 def _is_plain(value: Any, depth: int) -> bool:
-    """Tell whether all keys are strings and the nesting is within bounds (no cycles by now)."""
+    """Return whether all keys are strings and the nesting is within bounds.
+
+    The value has been encoded once, so it has no cycles.
+    """
     if type(value) in _SCALARS:
         return True
     level = [value]
@@ -111,7 +122,7 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 
 def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
-    """Encode slowly, exactly, and with the path at hand. This is the definition of `dumps`."""
+    """Encode slowly but exactly, keeping track of the path. This is the definition of `dumps`."""
     ancestors: set[int] = set()
 
     def refuse(path: str, reason: str) -> NoReturn:
@@ -123,13 +134,6 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
         if not _is_unicode(value):
             refuse(path, "it contains a lone surrogate, which is not valid Unicode")
         return _encoder.encode(value)
-
-    def number(value: float) -> str:
-        value = float(value)
-        if value.is_integer():
-            # Through int, and with the point: JSONB keeps neither exponents nor a minus on zero.
-            return f"{int(value)}.0"
-        return float.__repr__(value)
 
     def write(value: Any, path: str) -> str:
         if value is None or isinstance(value, bool):
@@ -144,7 +148,7 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
         if isinstance(value, float):
             if not math.isfinite(value):
                 refuse(path, f"{value} is not a JSON number")
-            return number(value)
+            return _number(float(value))
         if not isinstance(value, (dict, list, tuple)):
             kind = type(value)
             name = kind.__name__ if kind.__module__ == "builtins" else _qualified(kind)
@@ -171,6 +175,13 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
         return write(value, path)
     except RecursionError:
         refuse(path, "it is nested too deeply for the stack that is left")
+
+
+def _number(value: float) -> str:
+    if value.is_integer():
+        # Through int, and with the point: JSONB keeps neither exponents nor a minus on zero.
+        return f"{int(value)}.0"
+    return float.__repr__(value)
 
 
 def _is_unicode(value: str) -> bool:

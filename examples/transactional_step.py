@@ -1,8 +1,8 @@
-"""Move money exactly once, although what comes after it fails.
+"""Moves money exactly once, although the step after it fails.
 
     python examples/transactional_step.py [transfer id]
 
-It runs on the server that $DATABASE_URL names, else on a private one (the [embedded] extra).
+Uses the server that $DATABASE_URL names, or else a private one (the [embedded] extra).
 """
 
 import os
@@ -24,7 +24,7 @@ mail_server = {"up": False}
 
 
 def move(conn: psycopg.Connection, source: str, target: str, amount: int) -> int:
-    """Two updates, and the record that this step is done: all commit together, or none does."""
+    """Make two updates. They commit together with the record of this step, or not at all."""
     change = "UPDATE example_accounts SET balance = balance + %s WHERE name = %s"
     conn.execute(change, (amount, target))
     conn.execute(change, (-amount, source))
@@ -61,10 +61,10 @@ def main() -> int:
             mail_server["up"] = True
             durable.run(id, transfer, "ada", "bob", 30)  # the money is not moved again
         except psycopg.errors.CheckViolation:
-            show("refused, nothing is moved")
+            show("refused, nothing was moved")
             return 1
         show("completed")
-    print("Start this script again: nothing moves. With another id, 30 move once more.")
+    print("Run this script again and nothing moves. With another id, another 30 are moved.")
     return 0
 
 

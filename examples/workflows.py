@@ -1,4 +1,4 @@
-"""The workflows of a small shop. Whatever runs or resumes them imports this module."""
+"""The workflows of a small shop. Every process that runs or resumes them imports this module."""
 
 from awaitly_postgres import Durable, Step
 
@@ -6,7 +6,7 @@ LIMIT = 1000
 
 
 class CardDeclined(Exception):
-    """The bank said no."""
+    """The bank declined the payment."""
 
 
 def charge_card(user: str, amount: int) -> str:
@@ -25,5 +25,5 @@ def checkout(step: Step, user: str, amount: int) -> dict:
 
 
 def register(durable: Durable) -> None:
-    """Make these workflows known to ``durable``, so that it can resume them."""
+    """Register these workflows with ``durable``, so that it can resume them."""
     durable.workflow(checkout, version=1)

@@ -1,7 +1,8 @@
-"""What several test files share: places, waiting, the tables as they are, and a lossy network."""
+"""What several test files share: places, waiting, interrupts, the tables, a lossy network."""
 
 from __future__ import annotations
 
+import _thread
 import math
 import select
 import socket
@@ -37,6 +38,32 @@ def wait_until(db: DB, moment: datetime) -> None:
     """Return when the server's clock has passed ``moment``."""
     while db.execute("SELECT clock_timestamp() <= %s", (moment,)).fetchone()[0]:
         db.execute("SELECT pg_sleep(0.02)")
+
+
+# -- interrupts ----------------------------------------------------------------------------
+
+
+class TimeLimit(Exception):
+    """What a soft time limit raises, as those of Celery and RQ do."""
+
+
+def in_threads(work: Callable[[int], object], count: int) -> None:
+    """Run ``work`` in so many threads, with nothing but locks of the interpreter's own.
+
+    An interrupt in the middle of an executor or a condition leaves those locked for ever.
+    """
+    ended = [_thread.allocate_lock() for _ in range(count)]
+
+    def run(nr: int) -> None:
+        with suppress(BaseException):
+            work(nr)
+        ended[nr].release()
+
+    for nr in range(count):
+        ended[nr].acquire()
+        _thread.start_new_thread(run, (nr,))
+    for lock in ended:
+        lock.acquire()
 
 
 # -- the tables ----------------------------------------------------------------------------

@@ -39,7 +39,7 @@ EXAMPLES: list[tuple[AwaitlyError, str]] = [
     (errors.DuplicateStepKey("order-1", "k"), "put the loop variable into it"),
     (errors.StepFailed("k", "Declined", "no cover", {"code": 7}), "import the module"),
     (errors.LeaseLost("order-1"), "can be resumed"),
-    (errors.WorkflowSuspended("order-1", "nap"), "resume_pending() takes it up"),
+    (errors.WorkflowSuspended("order-1", "nap"), "resume_pending() resumes it"),
     (errors.WorkflowCancelled("order-1"), "to start it afresh"),
 ]
 EACH = [pytest.param(*each, id=f"{type(each[0]).__name__}-{i}") for i, each in enumerate(EXAMPLES)]

@@ -381,7 +381,7 @@ def test_every_public_name_is_explained() -> None:
     """What can be imported, called or set is on the page."""
     missing = [name for name in awaitly_postgres.__all__ if not re.search(rf"\b{name}\b", README)]
     for kind in (SnapshotStore, Durable):
-        methods = {name for name, value in vars(kind).items() if inspect.isfunction(value)}
+        methods = {name for name, _ in inspect.getmembers(kind, inspect.isfunction)}
         public = {name for name in methods if not name.startswith("_")} - {"key"}
         missing += [f"{kind.__name__}.{name}" for name in public if f"`{name}(" not in README]
     options = set(inspect.signature(postgres).parameters)

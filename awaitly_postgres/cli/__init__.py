@@ -1,7 +1,7 @@
-"""The command ``awaitly-postgres``: look after stored workflows, and finish them.
+"""The command ``awaitly-postgres``: inspects stored workflows, manages them, and resumes them.
 
-Exit status 0: done. 1: it was tried and something failed. 2: wrong input, an address or a password
-that does not connect included; nothing was done. 130 and 143: stopped by a signal.
+Exit status 0: done. 1: something failed. 2: wrong input, which includes an address or a password
+that does not connect; nothing was done. 130 and 143: stopped by a signal.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def cli(ctx: click.Context, /, **place: Any) -> None:
 
     Exit status: 0 done; 1 something failed; 2 wrong input, or no connection: nothing was done.
     """
-    # A pool that cannot connect logs it, and we say it.
+    # A pool that cannot connect logs each attempt; the command prints one message instead.
     logging.getLogger("psycopg").addHandler(logging.NullHandler())
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""What the commands take: where the tables are, which runs, and how to print them."""
+"""The options and arguments that commands share: where the tables are, and which runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import click
 from attrs import frozen
 
 from .. import SnapshotStore, StoreError, postgres
-from ..store.rows import STATUSES, RunRow, check_id, printable
+from ..store.rows import STATUSES, RunInfo, check_id, printable
 
 
 class WrongInput(click.ClickException):
-    """Nothing was done; what to do otherwise is in the message."""
+    """Nothing was done; the message says what to do instead."""
 
     exit_code = 2
 
@@ -28,7 +28,7 @@ class WrongInput(click.ClickException):
 
 
 def id_(value: str) -> str:
-    """Take an id, or a step's key."""
+    """Check an id or a step key."""
     try:
         return check_id(value)
     except ValueError as error:
@@ -36,7 +36,7 @@ def id_(value: str) -> str:
 
 
 def json_value(value: str) -> tuple[Any]:
-    """Parse JSON; in a tuple, because click takes None for "not given"."""
+    """Parse JSON. Returns a tuple of one, because click takes None to mean "not given"."""
     try:
         return (json.loads(value),)
     except (ValueError, RecursionError) as error:
@@ -73,12 +73,12 @@ _PLACE = (
 
 @frozen
 class Place:
-    """Where the tables are, as the options say it."""
+    """Where the tables are, from the options."""
 
     options: dict[str, Any]
 
     def store(self, prefix: str = "", needs_server: bool = True) -> SnapshotStore:
-        """Make the store; see that its server answers, so that later errors are of other kinds."""
+        """Make the store, and check that its server answers: if not, that is wrong input."""
         options = {name: value for name, value in self.options.items() if value}
         url = options.pop("url", None) or os.environ.get("DATABASE_URL")
         if not url and needs_server:
@@ -101,7 +101,7 @@ class Place:
 
 
 def ping(store: SnapshotStore) -> None:
-    """Raise wrong input unless the server answers."""
+    """Raise `WrongInput` unless the server answers."""
     try:
         store.ping()
     except StoreError as error:
@@ -109,14 +109,14 @@ def ping(store: SnapshotStore) -> None:
 
 
 def place_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `Place`."""
+    """Add the options of `Place` to a command."""
     for option in reversed(_PLACE):
         command = option(command)
     return command
 
 
 def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
-    """Give a command the options of `Place`, and the place as its first argument."""
+    """Add the options of `Place` to a command, and pass it a `Place` as its first argument."""
 
     @functools.wraps(command)
     def wrapper(**kwargs: Any) -> None:
@@ -139,8 +139,8 @@ def limit_option(default: int | None) -> Callable[..., Any]:
     return click.option("--limit", metavar="N", type=click.IntRange(1), default=default, help=help)
 
 
-def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunRow]:
-    """Tell where these runs stand; raise wrong input if one of them is not stored."""
+def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunInfo]:
+    """Return the rows of these runs; raise `WrongInput` if one of them is not stored."""
     rows = store.details(ids)
     found = {row.id for row in rows}
     if unknown := [id for id in ids if id not in found]:

@@ -1,4 +1,4 @@
-"""The commands that make the tables and clear them out: init, delete and prune."""
+"""The commands that create the tables and delete runs from them: init, delete and prune."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def init(place: Place, sql: bool) -> None:
         store.create_tables()
     except SchemaMissing as error:
         raise click.ClickException(
-            f"{error.message} Have a role that is allowed to run what 'init --sql' prints."
+            f"{error.message} With a role that may create them, run what 'init --sql' prints."
         ) from None
-    out.print("the tables are there")
+    out.print("all tables exist")
 
 
 @click.command()
@@ -60,9 +60,9 @@ def delete(place: Place, ids: tuple[str, ...]) -> None:
 def prune(
     place: Place, prefix: str, status: str, older_than: timedelta, batch_size: int, dry_run: bool
 ) -> None:
-    """Delete what has not changed for AGE, in batches.
+    """Delete workflows that have not changed for AGE, in batches.
 
-    It may be interrupted and run again. Workflows that are running are left alone.
+    It can be interrupted and run again. Workflows that are running are not deleted.
     """
     chosen = None if status == "any" else status
     clear = functools.partial(place.store(prefix).prune, older_than, status=chosen)

@@ -1,4 +1,4 @@
-"""How many workflows look at once: the listing, in text and in JSON, and the numbers."""
+"""How many workflows are shown at once: the listing, in text and in JSON, and the counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from ..store.rows import RunRow, StoreStats, printable
+from ..store.rows import RunInfo, StoreStats, printable
 from .text import STYLES, Line, age, ellipsis, out, segments, span
 
 Cells = Sequence[str]
@@ -19,12 +19,12 @@ Cells = Sequence[str]
 _HEAD = ("ID", "STATUS", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW")
 _LEASE = _HEAD.index("LEASE")
 _TO_THE_RIGHT = ("AGE", "STEPS")
-_NARROW = 18  # columns that LEASE has at least, if it needs so many
+_NARROW = 18  # columns; LEASE is not cut to less
 _GAP = 2  # columns
 
 
-def to_json(row: RunRow) -> dict[str, Any]:
-    """Return what ``--json`` prints of a workflow."""
+def to_json(row: RunInfo) -> dict[str, Any]:
+    """Return what ``--json`` prints for a workflow."""
     until = row.held_until and row.held_until.isoformat()
     return {
         "id": row.id,
@@ -32,23 +32,23 @@ def to_json(row: RunRow) -> dict[str, Any]:
         "updated_at": row.updated_at.isoformat(),
         "steps": row.step_count,
         "workflow": row.workflow,
-        "attempts": row.metadata.get("attempts"),
+        "attempts": row.attempts,
         "cancelled": row.state == "cancelled",
-        "wake_at": row.metadata.get("wakeAt"),
+        "wake_at": row.next_at and row.next_at.isoformat(),
         "lease": row.holder and {"holder": row.holder, "expires_at": until},
     }
 
 
-def listing(rows: Sequence[RunRow], columns: int | None) -> Segments:
-    """Show one line for each: in a pipe all columns and nothing cut, on a terminal what fits."""
+def listing(rows: Sequence[RunInfo], columns: int | None) -> Segments:
+    """Show one line for each run: all columns in full in a pipe, what fits on a terminal."""
     table = [_HEAD, *map(_cells, rows)]
     if columns is None:
         return segments(_plain(table))
     return Segments(part for line in _fitted(table, columns) for part in (*line, Segment.line()))
 
 
-def what_next(row: RunRow) -> str:
-    """Say when it is to be resumed; nothing if never, or not before its holder is done."""
+def what_next(row: RunInfo) -> str:
+    """Say when the run is resumed next; nothing if never, or if a process is running it now."""
     if row.state == "cancelled":
         return "cancelled"
     if row.state in ("completed", "running") or row.workflow is None:
@@ -58,10 +58,10 @@ def what_next(row: RunRow) -> str:
     if row.next_at is None:
         return f"waits for {', '.join(row.waits_for)}"
     verb = "retry" if row.status == "failed" else "wakes"
-    return f"{verb} in {span((row.next_at - row.now).total_seconds())}"
+    return f"{verb} in {span((row.next_at - row.seen_at).total_seconds())}"
 
 
-def _cells(row: RunRow) -> Cells:
+def _cells(row: RunInfo) -> Cells:
     steps, next = f"{row.step_count}", what_next(row)
     cells = (row.id, row.status, age(row.age), steps, row.held_by, next, row.workflow)
     return tuple(printable(cell or "-") for cell in cells)
@@ -78,8 +78,8 @@ def _plain(table: Sequence[Cells]) -> Iterator[Line]:
 
 
 def _fitted(table: Sequence[Cells], columns: int) -> Iterator[Sequence[Segment]]:
-    """Lay out a table that fits. An id is never cut, for it is there to be copied: one that is too
-    long for its column has a line of its own.
+    """Lay out a table that fits. An id is never cut, so that it can be copied: one that is too long
+    for its column gets its own line.
     """
     for narrower in _narrowing(table):
         _, *others = _widths(narrower)
@@ -103,9 +103,9 @@ def _fitted(table: Sequence[Cells], columns: int) -> Iterator[Sequence[Segment]]
 
 
 def _narrowing(table: Sequence[Cells]) -> Iterator[Sequence[Cells]]:
-    """Leave out WORKFLOW, then put NEXT into LEASE, then cut LEASE: each narrower than the last.
+    """Yield narrower and narrower tables: without WORKFLOW, with NEXT in LEASE, with LEASE cut.
 
-    NEXT and LEASE share a column well: what somebody holds has nothing next.
+    NEXT and LEASE can share a column: a run whose lease is held has nothing next.
     """
     yield table
     yield (table := [row[:-1] for row in table])
@@ -116,7 +116,7 @@ def _narrowing(table: Sequence[Cells]) -> Iterator[Sequence[Cells]]:
 
 
 def _end_of(text: str) -> str:
-    """Cut ``text`` on its left, for pods of one name differ at its end."""
+    """Cut ``text`` on its left, because the host names of pods differ at their end."""
     return text if cell_len(text) <= _NARROW else ellipsis() + text[1 - _NARROW :]
 
 
@@ -124,8 +124,8 @@ def _widths(table: Sequence[Cells]) -> list[int]:
     return [max(map(cell_len, column)) for column in zip(*table, strict=True)]
 
 
-def numbers(stats: StoreStats, oldest: RunRow | None, prefix: str) -> Iterator[Line]:
-    """Show what `SnapshotStore.stats` counts, and what has waited longest."""
+def numbers(stats: StoreStats, oldest: RunInfo | None, prefix: str) -> Iterator[Line]:
+    """Show what `SnapshotStore.stats` counts, and the run that has been pending longest."""
     counts = [("total", stats.total), *sorted(stats.by_status.items())]
     digits = max(len(f"{count:,}") for _, count in counts)
     for name, count in counts:
@@ -133,5 +133,5 @@ def numbers(stats: StoreStats, oldest: RunRow | None, prefix: str) -> Iterator[L
     yield [(f"{'size':<14}  {decimal(stats.bytes)}", "")]
     waiting = "none"
     if oldest is not None:
-        waiting = f"{printable(prefix + oldest.id)}, untouched for {age(oldest.age)}"
+        waiting = f"{printable(prefix + oldest.id)}, unchanged for {age(oldest.age)}"
     yield [(f"{'oldest pending':<14}  {waiting}", "")]

@@ -1,4 +1,4 @@
-"""The commands that look: list, show, stats and watch."""
+"""The commands that only read: list, show, stats and watch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Group
 from rich.live import Live
 
 from .. import SnapshotStore
-from ..store.rows import RunRow
+from ..store.rows import RunInfo
 from .arguments import (
     Place,
     WrongInput,
@@ -40,7 +40,7 @@ _PAGE = 500
 def list_(place: Place, prefix: str, status: str | None, limit: int, as_json: bool) -> None:
     """List what is stored, newest first.
 
-    LEASE is who works on it, as host:pid; NEXT is when it is to be resumed.
+    LEASE is the process that is running it, as host:pid; NEXT is when it can be resumed.
     """
     rows = list(_walk(place.store(), prefix, status, limit))
     if as_json:
@@ -102,7 +102,7 @@ def stats(place: Place, prefix: str, as_json: bool) -> None:
 @status_option
 @click.option("--interval", type=click.FloatRange(0.1), default=2.0, help="seconds [2]")
 def watch(place: Place, prefix: str, status: str | None, interval: float) -> None:
-    """Show the list, live, until Ctrl-C."""
+    """Show the list and keep it up to date until Ctrl-C."""
     if not out.is_terminal:
         raise click.UsageError("watch needs a terminal; use 'list' in a pipe")
     store = place.store()
@@ -118,8 +118,8 @@ def watch(place: Place, prefix: str, status: str | None, interval: float) -> Non
             time.sleep(interval)
 
 
-def _walk(store: SnapshotStore, prefix: str, status: str | None, limit: int) -> Iterator[RunRow]:
-    """Tell where the runs stand, newest first, a page at a time."""
+def _walk(store: SnapshotStore, prefix: str, status: str | None, limit: int) -> Iterator[RunInfo]:
+    """Yield the rows of the runs, newest first, reading one page at a time."""
     last = None
     while limit > 0 and (
         page := store.list(prefix, status=status, limit=min(limit, _PAGE), after=last)

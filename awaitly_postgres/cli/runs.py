@@ -117,8 +117,8 @@ def cancel(place: Place, id: str) -> None:
 def unlock(place: Place, id: str, yes: bool) -> None:
     """Take the lease on a workflow away from its holder.
 
-    For a holder that is known to be dead; otherwise leases run out by themselves. One that is
-    alive after all cannot write any more.
+    For a holder that is known to be dead; otherwise wait for the lease to expire. A holder that is
+    alive after all cannot write anything more.
     """
     store = place.store()
     (row,) = stored(store, [id])
@@ -126,7 +126,7 @@ def unlock(place: Place, id: str, yes: bool) -> None:
         out.print("nobody holds its lease")
         return
     if not yes:
-        left = span((row.held_until - row.now).total_seconds())
+        left = span((row.held_until - row.seen_at).total_seconds())
         click.confirm(
             f"{printable(row.held_by)} holds the lease on {printable(id)} for another {left}. "
             "Take it away?",

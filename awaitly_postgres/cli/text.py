@@ -1,4 +1,4 @@
-"""Text for terminals and pipes: lines of styled parts, and how times and values are spelled."""
+"""Text for terminals and pipes: lines of styled parts, and how times and values are written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ STYLES = {
 
 
 def segments(lines: Iterable[Line]) -> Segments:
-    """Make lines something that rich prints as they are."""
+    """Convert lines to segments, which rich prints unchanged."""
     return Segments(
         Segment(text, STYLES.get(style, STYLES[""]))
         for line in lines
@@ -40,12 +40,12 @@ def segments(lines: Iterable[Line]) -> Segments:
 
 
 def write(lines: Iterable[Line]) -> None:
-    """Print lines, cut nowhere."""
+    """Print lines without cutting them."""
     put(segments(lines))
 
 
 def put(what: Segments) -> None:
-    """Print what is laid out already, cut nowhere."""
+    """Print segments without cutting them."""
     out.print(what, crop=False, end="")
 
 
@@ -55,19 +55,19 @@ def width() -> int | None:
 
 
 def fit(text: str, columns: int) -> str:
-    """Cut or fill ``text`` to exactly so many columns of the terminal."""
+    """Cut or pad ``text`` to exactly ``columns`` columns of the terminal."""
     if cell_len(text) > columns:
         return set_cell_size(text, columns - 1) + ellipsis()
     return set_cell_size(text, columns)
 
 
 def ellipsis() -> str:
-    """Return the sign for what is left out, in what the terminal's encoding has."""
+    """Return the sign for omitted text that the terminal's encoding supports."""
     return "~" if out.options.ascii_only else "…"
 
 
 def span(seconds: float) -> str:
-    """Spell a duration: ``40µs``, ``12ms``, ``1.2s``, ``57s``, ``3m12s``, ``2h05m``, ``4d``."""
+    """Write a duration: ``40µs``, ``12ms``, ``1.2s``, ``57s``, ``3m12s``, ``2h05m``, ``4d``."""
     if seconds < 0.9995:
         milliseconds = max(seconds, 0.0) * 1000
         if milliseconds < 0.9995:
@@ -86,7 +86,7 @@ def span(seconds: float) -> str:
 
 
 def age(seconds: float) -> str:
-    """Spell how long ago something was, in one unit: ``0s``, ``119s``, ``3m``, ``2h``, ``4d``."""
+    """Write how long ago something was, in one unit: ``0s``, ``119s``, ``3m``, ``2h``, ``4d``."""
     whole = max(int(seconds), 0)
     for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
         if whole >= 2 * size:
@@ -95,5 +95,5 @@ def age(seconds: float) -> str:
 
 
 def as_json(value: Any, most: int | None = None) -> str:
-    """Write a stored value on one line, cut after ``most`` characters."""
+    """Write a stored value as JSON on one line, cut after ``most`` characters."""
     return elide(printable(json.dumps(value, ensure_ascii=False)), most, ellipsis())

@@ -1,4 +1,4 @@
-"""How one workflow looks: what it is, how it stands, and the timeline of its steps."""
+"""How one workflow is shown: its facts, and the timeline of its steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from .. import WorkflowSnapshot
-from ..store.rows import RunRow, StepRow, elide_steps, is_input, printable, reasons, steps_of
+from ..store.rows import RunInfo, StepInfo, elide_steps, is_input, printable, reasons, steps_of
 from .listing import what_next
 from .text import Line, age, as_json, fit, out, span
 
-_MANY = 60  # steps up to which a timeline shows them all
+_MANY = 60  # steps; a longer timeline leaves some out
 _BRIEF = 400  # characters of an input or output
 _PIPE = 100  # columns of a timeline in a pipe
 
@@ -22,9 +22,9 @@ _PIPE = 100  # columns of a timeline in a pipe
 
 
 def one(
-    row: RunRow, snapshot: WorkflowSnapshot, columns: int | None, everything: bool
+    row: RunInfo, snapshot: WorkflowSnapshot, columns: int | None, everything: bool
 ) -> Iterator[Line]:
-    """Show a workflow on so many columns; None: in a pipe, where nothing is cut to fit."""
+    """Show a workflow within ``columns``; None is a pipe, where nothing is cut to fit."""
     steps = steps_of(snapshot)
     yield [(printable(row.id), "head")]
     for label, text, style in _facts(row, snapshot, steps, everything):
@@ -37,7 +37,7 @@ def one(
 
 
 def _facts(
-    row: RunRow, snapshot: WorkflowSnapshot, steps: Sequence[StepRow], everything: bool
+    row: RunInfo, snapshot: WorkflowSnapshot, steps: Sequence[StepInfo], everything: bool
 ) -> Iterator[tuple[str, str, str]]:
     metadata = snapshot.metadata or {}
     most = None if everything else _BRIEF
@@ -48,7 +48,7 @@ def _facts(
         started = f", started {attempts} times" if attempts not in (None, 0, 1) else ""
         yield "workflow", printable(f"{row.workflow}, version {version}{started}"), ""
     if row.holder is not None and row.held_until is not None:
-        left = span((row.held_until - row.now).total_seconds())
+        left = span((row.held_until - row.seen_at).total_seconds())
         held = f"held by {row.held_by}, {left} left unless renewed"
         yield "lease", printable(held), "running"
     if next := what_next(row):
@@ -57,13 +57,13 @@ def _facts(
         if name in metadata:
             yield name, _call(metadata[name], most), ""
     failure = reasons(metadata.get("failure"))
-    if not any(step.reasons == failure for step in steps):  # else the timeline tells it
+    if not any(step.reasons == failure for step in steps):  # otherwise the timeline shows it
         for i, reason in enumerate(_chain(failure)):
             yield "" if i else "failure", reason, "failed"
 
 
 def _call(value: Any, most: int | None) -> str:
-    """Write an input as the arguments that it was."""
+    """Write an input as the arguments of a call."""
     if not is_input(value):
         return as_json(value, most)
     args = [as_json(arg, most) for arg in value["args"]]
@@ -80,17 +80,17 @@ def _chain(reasons: Sequence[str]) -> list[str]:
 
 @define
 class _Bar:
-    """A step on the axis of time, in seconds; ``at`` is None if nobody measured it."""
+    """A step on the time axis; ``at`` is its start in seconds, None if it has no recorded time."""
 
-    step: StepRow
+    step: StepInfo
     at: float | None
-    pause: float = 0.0  # cut out of the axis before it
+    pause: float = 0.0  # seconds cut out of the axis before it
 
 
-def timeline(steps: Sequence[StepRow], columns: int | None, everything: bool) -> Iterator[Line]:
-    """Show each step as a bar where and as long as it ran; of many, the telling ones.
+def timeline(steps: Sequence[StepInfo], columns: int | None, everything: bool) -> Iterator[Line]:
+    """Show each step as a bar on a time axis; of many steps, only the interesting ones.
 
-    Long pauses (a sleep, a night until the next attempt) are cut out and told of instead.
+    Long pauses (a sleep, a night until the next attempt) are cut out of the axis and shown as text.
     """
     bars = [_Bar(s, None if s.started_at is None else s.started_at.timestamp()) for s in steps]
     length = _lay_out(bars)
@@ -121,7 +121,7 @@ def timeline(steps: Sequence[StepRow], columns: int | None, everything: bool) ->
 
 @frozen
 class _Space:
-    """Columns of a timeline for the keys, the bars and the values."""
+    """The widths, in columns, of the keys, bars and values of a timeline."""
 
     key: int
     bar: int
@@ -130,7 +130,7 @@ class _Space:
 
 def _space(bars: Sequence[_Bar], columns: int | None) -> _Space:
     key = max((cell_len(printable(bar.step.key)) for bar in bars), default=0)
-    if columns is None:  # keys are not cut, and lines end where they end
+    if columns is None:  # a pipe: keys are not cut, and there is no right margin
         return _Space(key, max(_PIPE - key - 13, 20), 0)
     key = min(key, columns * 2 // 5)
     left = columns - key - 13
@@ -159,7 +159,7 @@ def _step(bar: _Bar, length: float, space: _Space) -> Line:
 
 
 def _lay_out(bars: Sequence[_Bar]) -> float:
-    """Move the bars to where they are on an axis without long pauses; return its length."""
+    """Place the bars on an axis without long pauses; return its length in seconds."""
     measured = [bar for bar in bars if bar.at is not None]
     if not measured:
         return 0.0

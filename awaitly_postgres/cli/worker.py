@@ -1,4 +1,4 @@
-"""Finishing pending work: from cron, by hand, or as a worker that goes on until it is stopped."""
+"""Resuming pending runs: from cron, by hand, or as a worker that runs until it is stopped."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .text import Line, out, span, write
 
 
 class Stopped(BaseException):
-    """A signal came, and the workflow that was at work then has ended."""
+    """A signal came, and the workflow that was running then has ended."""
 
 
 def import_durable(target: str) -> Durable:
-    """Import ``package.module:name``, the current directory first; say what is wrong with it."""
+    """Import a Durable by ``package.module:name``, looking in the current directory first."""
     module_name, _, path = target.partition(":")
     if not module_name or not path:
         raise click.BadParameter(f"{target!r} is not of the form package.module:durable")
@@ -51,7 +51,7 @@ def import_durable(target: str) -> Durable:
 
 @define
 class Worker:
-    """Resumes workflows and reports each; stops between two when a signal comes."""
+    """Resumes workflows and reports each. After a signal it stops before the next one."""
 
     durable: Durable
     counts: Counter[str] = field(factory=Counter)
@@ -59,7 +59,7 @@ class Worker:
     _asleep: bool = False
 
     def once(self, ids: Sequence[str], prefix: str, limit: int) -> None:
-        """Resume these ids, or all that is pending; with a bar if somebody is looking."""
+        """Resume these ids, or else all pending runs; with a progress bar on a terminal."""
         durable = self.durable
         if not out.is_terminal:
             self._pass(ids, prefix, limit, _print)
@@ -79,7 +79,7 @@ class Worker:
         out.print(told or "nothing is pending")
 
     def loop(self, prefix: str, limit: int, pause: float) -> None:
-        """Resume what is pending, again and again, through outages of the database."""
+        """Resume pending runs again and again, ``pause`` seconds apart, surviving outages."""
         while True:
             try:
                 self._pass((), prefix, limit, _print)
@@ -117,14 +117,14 @@ class Worker:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM stop the worker after the current workflow; twice, at once."""
+        """Let SIGINT and SIGTERM stop the worker after the current workflow; a second one, now."""
 
         def stop(signum: int, frame: object) -> None:
             at_once = self._asleep or self.stopped_by
             self.stopped_by = signum
             if at_once:
                 raise KeyboardInterrupt
-            # Not print: the signal may have come in the middle of one.
+            # os.write, not print: the signal may have interrupted a print, which is not reentrant.
             os.write(2, b"stopping after the current workflow; repeat to stop now\n")
 
         before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}

@@ -1,1 +1,1 @@
-"""The store at home in frameworks; each module needs the framework of its name."""
+"""Integrations with frameworks; each module needs the framework it is named after."""

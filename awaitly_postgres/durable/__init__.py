@@ -1,1 +1,1 @@
-"""Joins the two: workflows whose steps are recorded in the store."""
+"""Durable runs: joins workflows and the store, which records their steps."""

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, field, frozen
 
 from .. import _json
 from .._checks import moment
 from ..errors import (
     AlreadyRunning,
     AwaitlyError,
-    VersionMismatch,
     WorkflowCancelled,
     WorkflowConflict,
     WorkflowError,
@@ -22,66 +21,62 @@ from ..errors import (
 from ..snapshot import WorkflowSnapshot
 from ..store import lease as leases
 from ..store import renewal
-from ..store.database import Database, Row, execute, fetch
+from ..store.database import Database, Row, fetch
 from ..store.lease import Lease
-from ..store.rows import is_input
+from ..store.rows import decode_snapshot, is_input
 from ..store.statements import Statements
-from ..store.store import decode_snapshot
 from ..workflow import failure
-from ..workflow.workflow import stored_version
 from .checkpoints import Checkpoints
 from .pending import has_no_starts_left, pause_after
 from .registry import Entry
 
-RELEASE_TIMEOUT = 2.0  # seconds to give a lease back in: after an outage, enough was waited already
-
 
 class TouchedMeanwhile(AwaitlyError):
-    """Another process has worked on the run between a listing and now."""
+    """Another process has worked on the run since it was listed as pending."""
 
     def __init__(self, id: str) -> None:
         super().__init__(f"another process got to {id!r} first")
 
 
 class NoStartsLeft(WorkflowError):
-    """The run was started as often as it may be, and each time died before it could say why."""
+    """The run was started ``max_attempts`` times, and each time ended without a record."""
 
     def __init__(self, id: str, attempts: int) -> None:
         super().__init__(
-            f"workflow {id!r} was started {attempts} times without getting further, and is given "
-            f"up. resume({id!r}) starts it again."
+            f"workflow {id!r} was started {attempts} times without progress, and is given up. "
+            f"resume({id!r}) starts it again."
         )
 
 
 @frozen
 class Found:
-    """A stored run as it was looked up, before the lease on it was ours."""
+    """A stored run as it was read, perhaps before this process had the lease on it."""
 
     snapshot: WorkflowSnapshot
-    journal: str | None  # JSON text of the steps in it, which the snapshot has too
-    written_at: str | None  # as the server tells it: whoever takes the run up checks that it stands
+    journal: str | None  # the steps of the journal as JSON text; they are in the snapshot too
+    written_at: str | None  # the row's time, as text: taking the run up checks that it is unchanged
 
     @classmethod
     def of(cls, id: str, row: Row) -> Found:
-        """Read a row of ``begin`` or ``read_for_resume``."""
+        """Decode a row that ``begin`` or the lookup of a run has returned."""
         return cls(decode_snapshot(id, row[0], row[1]), row[1], row[2])
 
 
 @frozen
 class New:
-    """Admitted: nothing was stored, and the input is now."""
+    """Admitted: nothing was stored under this id, and now its input is."""
 
 
 @frozen
 class TakenUp:
-    """Admitted: a stored run goes on, its start counted."""
+    """Admitted: a stored run is resumed, and this start is counted."""
 
     snapshot: WorkflowSnapshot
 
 
 @frozen
 class Finished:
-    """Not admitted: the run has completed, and its output is stored."""
+    """Not admitted: the run has already completed, and its output is stored."""
 
     snapshot: WorkflowSnapshot
 
@@ -95,7 +90,7 @@ class GivenUp:
 
 @define(eq=False)
 class Admission:
-    """Takes the lease on one run, admits a start of it, and gives the lease back.
+    """Acquires the lease on one run, admits one start of it, and releases the lease.
 
     ``first_document`` composes the snapshot of a new run. ``max_attempts`` is for starts from cron.
     """
@@ -107,11 +102,16 @@ class Admission:
     max_attempts: int | None
     lease: Lease | None = None
     _checkpoints: Checkpoints = field(kw_only=True)
-    _may_have_lease: bool = False  # asked for, and an exception may have struck before the answer
+    _may_have_lease: bool = False  # asked for: an exception may have struck before the answer came
     _pid: int = field(factory=os.getpid)
 
     def admit(self, found: Found | None, as_it_was: bool) -> New | TakenUp | Finished | GivenUp:
-        """Take the lease, and count the start before any of the user's code runs."""
+        """Acquire the lease, and count the start before any of the user's code runs.
+
+        Args:
+            found: the run as it was read before the lease was asked for; None reads it here.
+            as_it_was: raise `TouchedMeanwhile` if it was written since. For `resume_pending`.
+        """
         if found is None:
             begun = self._begin()
             if isinstance(begun, New):
@@ -119,18 +119,21 @@ class Admission:
             found = begun
         while True:
             if found is None:
-                # It was gone, or somebody was at it, before the lease was ours. Now it is.
+                # The run was changed, or held by another process, when it was read. So acquire the
+                # lease first: what is read under it stays as it is.
                 self._acquire()
                 rows = self._db.rows(self._sql.read_for_resume, {"id": self._checkpoints.key})
                 if not rows:
                     if self._create():
                         return New()
-                    continue
+                    continue  # a `submit`, which needs no lease, stored it since: read it again
                 found = Found.of(self.id, rows[0])
             if self._is_finished(found.snapshot):
                 return Finished(found.snapshot)
             if not as_it_was:
-                self._check_version(found.snapshot)  # from cron, it counts as a start
+                # Refused before the start is counted. From `resume_pending` it is refused after, in
+                # `at_our_version`, so that the run backs off.
+                self.entry.check_version(self.id, found.snapshot)
             self._acquire()
             if as_it_was and has_no_starts_left(starts := _starts_of(found), self.max_attempts):
                 return self._give_up(found, starts)
@@ -141,13 +144,15 @@ class Admission:
             found = None
 
     def _begin(self) -> New | Found | None:
-        """Take the lease and store the input in one statement, if nothing is stored yet.
+        """Acquire the lease and store the input in one statement, if nothing is stored yet.
 
-        Otherwise nothing has changed. Returns None if nothing is stored, but somebody has the
-        lease.
+        Otherwise nothing is changed. Returns None if nothing is stored but another process holds
+        the lease.
         """
         token, ttl, document = self._checkpoints.token, self._checkpoints.ttl, self._first()
         params = {"id": self._checkpoints.key, "token": token, "ttl": ttl, "snapshot": document}
+        # Set before asking: Ctrl-C can strike after the server has granted the lease and before we
+        # know. The statement may be repeated: it recognizes a first try by the token, which is new.
         self._may_have_lease = True
         ((*found, until, created),) = self._db.rows(self._sql.begin, params, prepare=True)
         self._may_have_lease = until is not None
@@ -159,7 +164,10 @@ class Admission:
         return None if found[0] is None else Found.of(self.id, tuple(found))
 
     def _create(self) -> bool:
-        """Store the input under the lease that we have already; tell whether nothing was there."""
+        """Store the input under the lease held already; return False if a run was stored there.
+
+        May be repeated: if only the reply was lost, the caller finds its own input and takes it up.
+        """
         document = self._first()
         if not self._db.rows(self._sql.create, {"id": self._checkpoints.key, "snapshot": document}):
             return False
@@ -183,9 +191,10 @@ class Admission:
     def _take_up(self, found: Found) -> WorkflowSnapshot | None:
         """Count this start before any of the user's code runs, and set when it is due again.
 
-        So a run that kills its process comes to ``max_attempts`` like any other, and does not keep
-        the head of the queue. Returns the state under the lease; None if it was touched since it
-        was found. A second try of the same write writes the same.
+        A run that kills its process therefore backs off and reaches ``max_attempts`` like any
+        other, instead of staying at the head of the queue. Returns the state as it is under the
+        lease; None if it was written since it was found. May be repeated: the count is taken from
+        ``found``, so a retry writes the same one, and its fence accepts the number of the first.
         """
         metadata = found.snapshot.metadata or {}
         self._checkpoints.attempts = attempts = _starts_of(found) + 1
@@ -207,13 +216,14 @@ class Admission:
         return decode_snapshot(self.id, rows[0][0], None)
 
     def _give_up(self, found: Found, attempts: int) -> GivenUp:
-        """Store that the run is not started again by itself, and give the lease back.
+        """Store that the run is not started again by itself, and release the lease.
 
-        Whoever could have said so when it failed was killed, or its code refused.
+        A run that raises is given up when its failure is recorded. This one was killed, or refused
+        because its code has changed, so nothing could be recorded then.
         """
         self._checkpoints.attempts = attempts
         error = NoStartsLeft(self.id, attempts)
-        reason = failure.to_json(error)["cause"]
+        reason = failure.run_to_json(WorkflowError(str(error)))  # a class that cannot move
         if (earlier := (found.snapshot.metadata or {}).get("failure")) is not None:
             reason["cause"] = earlier
         params = {
@@ -227,64 +237,49 @@ class Admission:
         return GivenUp(error)
 
     def _is_finished(self, stored: WorkflowSnapshot) -> bool:
-        """Tell whether there is an output to return; raise if the state is not this run's."""
+        """Return whether a recorded output can be returned.
+
+        Raises:
+            WorkflowConflict: what is stored belongs to another workflow or input.
+            WorkflowCancelled: the run was cancelled.
+        """
         self.check_identity(stored)
         metadata = stored.metadata or {}
         if "cancelledAt" in metadata:
             raise WorkflowCancelled(self.id)
         return stored.execution.status == "completed" and "output" in metadata
 
-    def _check_version(self, stored: WorkflowSnapshot) -> None:
-        version = stored_version(stored.metadata or {})
-        if version != self.entry.version and self.entry.on_version_mismatch == "error":
-            raise VersionMismatch(self.id, version, self.entry.version)
-
     def check_identity(self, stored: WorkflowSnapshot) -> None:
-        """Raise `WorkflowConflict` if what is stored is another workflow's, or of another input."""
+        """Raise `WorkflowConflict` if what is stored belongs to another workflow or input."""
         metadata = stored.metadata or {}
         name = metadata.get("workflow", self.entry.name)
         if name != self.entry.name:
             raise WorkflowConflict(self.id, "workflow", repr(name), repr(self.entry.name))
-        # Another shape of input is one that Node wrote; there is nothing to compare it with.
+        # An input of another shape was written by Node; there is nothing to compare it with.
         if is_input(metadata.get("input")):
             theirs = _json.canonical(_json.dumps(metadata["input"]))
             ours = _json.canonical(self.input)
             if theirs != ours:
                 raise WorkflowConflict(self.id, "input", _brief(theirs), _brief(ours))
 
-    def at_our_version(self, stored: WorkflowSnapshot) -> WorkflowSnapshot | None:
-        """Return the state to go on from; None to start afresh."""
-        if stored_version(stored.metadata or {}) == self.entry.version:
-            return stored
-        migrate = self.entry.on_version_mismatch
-        if not callable(migrate):
-            self._check_version(stored)
-            return None  # "clear"
-        migrated = migrate(stored, self.entry.version)
-        if isinstance(migrated, Mapping):
-            migrated = WorkflowSnapshot.from_json(migrated)
-        if not isinstance(migrated, WorkflowSnapshot):
-            raise TypeError(
-                f"on_version_mismatch of {self.entry.name!r} must return a WorkflowSnapshot, "
-                f"not {type(migrated).__name__}"
-            )
-        return evolve(
-            migrated, metadata={**(migrated.metadata or {}), "version": self.entry.version}
-        )
-
     def release(self) -> None:
-        """Give the lease back if it is ours and the database can be reached; else it runs out."""
+        """Release the lease if we may hold it; if the database cannot be reached, it expires.
+
+        Not in a forked child: the lease is its parent's.
+        """
         if os.getpid() != self._pid or (self.lease is None and not self._may_have_lease):
             return
         lease, self.lease, self._may_have_lease = self.lease, None, False
         if lease is not None:
             renewal.stop_renewing(lease)
+        # By token, not by lease: an exception may have struck before `acquire` returned one. May be
+        # repeated, because no later holder has the same token.
         params = {"id": self._checkpoints.key, "token": self._checkpoints.token}
         with suppress(AwaitlyError):
-            self._db.run(lambda c: execute(c, self._sql.release, params), retry_for=RELEASE_TIMEOUT)
+            leases.release(self._db, params, leases.RELEASE_TIMEOUT)
 
     def finished(self) -> None:
-        """Note that the lease was given back with the end of the run."""
+        """Note that the statement that recorded the end has also released the lease."""
         self.lease, self._may_have_lease = None, False
 
     @property
@@ -297,7 +292,7 @@ class Admission:
 
 
 def count(value: object) -> int:
-    """Return a number of attempts; none where somebody has edited it to something else."""
+    """Return a stored number of attempts; 0 if it is missing or was edited to something else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
 
 

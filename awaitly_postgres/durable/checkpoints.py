@@ -1,4 +1,4 @@
-"""What each step of a durable run writes, and on which state of the run it may land."""
+"""The recorder of a durable run: what each checkpoint writes, and which state it may follow."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from .. import _json
 from .._checks import moment
 from ..errors import LeaseLost, StoreUnavailable, WorkflowError
 from ..store.database import Connection, Database, execute, fetch
+from ..store.rows import decode_snapshot
 from ..store.statements import Statements
-from ..store.store import decode_snapshot
+from ..store.transaction import OpenTransaction
 from ..workflow.history import History
 from .pending import pause_after
-from .transaction import OpenTransaction, StepTransaction
+from .transaction import StepTransaction
 
-# Characters. A larger row than IN_ROW is spread over PostgreSQL's TOAST table, which costs more to
-# rewrite than a step to append; the journal is worth folding from FOLDED on.
+# Both in characters. PostgreSQL moves a row larger than IN_ROW to its TOAST table, and rewriting it
+# there costs more than appending a step. Folding the journal is not worth it below FOLDED.
 IN_ROW, FOLDED = 2 * 1024, 8 * 1024
 
 
@@ -29,34 +30,33 @@ IN_ROW, FOLDED = 2 * 1024, 8 * 1024
 class Written:
     """What a run has stored so far, as far as it is known to have landed.
 
-    Each write of the snapshot has a number, which the lease's token bears; steps in the journal
-    have none, so who follows one names its key.
+    Each write of the snapshot has a number, which it puts into the lease's token. A step appended
+    to the journal has no number, so the write that follows it names the step's key instead.
     """
 
-    number: int = 0  # of the last write of the snapshot
-    tried: int = 0  # of the last one sent; more, while it is not known what became of it
-    size: int = 0  # characters of the snapshot then
-    appended: int = 0  # characters put into the journal since
-    last_appended: str | None = None  # the key
+    number: int = 0  # of the last write of the snapshot known to have landed
+    tried: int = 0  # of the last one sent: greater than number while its outcome is unknown
+    size: int = 0  # characters in the snapshot as of that write
+    appended: int = 0  # characters appended to the journal since
+    last_appended: str | None = None  # the key of the last step appended since
     journal_is_empty: bool = False
-    is_outdated: bool = False  # it has steps that this start does not take over
+    is_outdated: bool = False  # the stored snapshot has steps that this start has dropped
     has_progressed: bool = False  # this start has recorded a step that succeeded
 
     @property
     def must_be_rewritten(self) -> bool:
-        """Whether no step may be appended before the snapshot is rewritten.
+        """Whether the snapshot must be rewritten before another step can be appended.
 
-        While it is not known whether the last rewrite has landed, it could do so after the step,
-        which it would erase.
+        A rewrite whose reply was lost could still land, after the append, and erase the step.
         """
         return self.is_outdated or self.tried > self.number
 
     def takes_appended(self, size: int) -> bool:
-        """Tell whether a step of ``size`` characters is appended to the journal.
+        """Return whether to append a step of ``size`` characters to the journal.
 
-        While the snapshot fits into its row it is rewritten whole, for anybody to read in one
-        table. Beyond that, rewriting it each time would be quadratic: steps are appended to the
-        journal until they amount to as much again.
+        A small snapshot is rewritten whole with each step, so that one table holds everything. For
+        a larger one that would take quadratic time, so steps are appended to the journal until it
+        has grown as large as the snapshot; then one rewrite folds it in.
         """
         grown = self.appended + size
         small = self.size + grown <= IN_ROW
@@ -64,19 +64,19 @@ class Written:
         return not (small or due or self.must_be_rewritten)
 
     def trying_append(self) -> Written:
-        """Return the state while a step is being appended: the journal may have it."""
+        """Return the state while an append is under way: the journal may already have the step."""
         return evolve(self, journal_is_empty=False)
 
     def after_append(self, key: str, size: int) -> Written:
-        """Return the state when the step has been appended."""
+        """Return the state after an append of ``size`` characters that has landed."""
         return evolve(self, appended=self.appended + size, last_appended=key)
 
     def trying_rewrite(self) -> Written:
-        """Return the state while the snapshot is being rewritten."""
+        """Return the state while a rewrite of the snapshot is under way."""
         return evolve(self, tried=self.tried + 1)
 
     def after_rewrite(self, size: int) -> Written:
-        """Return the state when the last rewrite sent has landed, and the journal is folded."""
+        """Return the state after the last rewrite sent has landed, which folded the journal."""
         return Written(
             self.tried,
             self.tried,
@@ -91,14 +91,15 @@ class Checkpoints:
     """The recorder of one durable run: every write is fenced by the lease and by the last write.
 
     Args:
-        db: where the run is stored.
-        id: what the user calls it.
+        db: the database that stores the run.
+        id: the run's id as the user gave it, for messages.
         key: its id in the tables, prefix included.
-        token: the lease's.
-        ttl: seconds for which each write renews the lease.
-        history: what is recorded.
-        document: composes the snapshot of the run as it stands.
-        open_transaction: opens the transactions of steps; None: on a pooled connection.
+        token: the token of its lease.
+        ttl: seconds that the lease lasts from a write that renews it.
+        history: the recorded steps.
+        document: composes the snapshot of the run as it stands now.
+        open_transaction: opens the transactions of ``step.transaction``; None uses a pooled
+            connection.
     """
 
     db: Database
@@ -109,25 +110,28 @@ class Checkpoints:
     history: History
     document: Callable[[], str]
     open_transaction: OpenTransaction | None
-    attempts: int = 0  # starts since the run last got further, this one included
+    attempts: int = 0  # starts since the run last made progress, this one included
     written: Written = Written()
-    in_doubt: str | None = None  # the step of a transaction whose outcome is not known
-    # One write at a time. Taken after a connection, so that nobody who has it waits for one.
-    # Reentrant: wherever an exception has struck, the thread that has it may settle and finish.
+    in_doubt: str | None = None  # the step whose commit has an unknown outcome
+    # Held for each write, so that a run's writes are sent one at a time. Always acquired after the
+    # pooled connection: a thread that waited for one while holding it could wait for threads that
+    # hold the connections and wait for it. Reentrant, because an exception can strike anywhere and
+    # the thread that holds it must still be able to settle the commit and finish the run.
     turn: threading.RLock = field(factory=threading.RLock)
     _pid: int = field(factory=os.getpid)
 
     # -- the recorder of a run -------------------------------------------------------------
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
-        """Write one step: one statement, tried again when its reply is lost."""
+        """Write one step in one statement, which is retried if its reply is lost."""
         step: str | None = None
 
         def work(conn: Connection) -> bool:
             nonlocal step
             with self.turn:
                 self.refuse_if_not_ours(f"before step {key!r} returns")
-                # Once: a second try writes the same step, with the same number.
+                # Only on the first try: a retry must write the same step with the same number, so
+                # that it makes no difference whether the lost try landed.
                 step = enter() if step is None else step
                 self._note_progress(step)
                 if self._sql.journal and self.written.takes_appended(len(key) + len(step)):
@@ -138,26 +142,26 @@ class Checkpoints:
             raise LeaseLost(self.id)
 
     def transaction(self, key: str) -> StepTransaction:
-        """Return the transaction in which step ``key`` runs and is written."""
+        """Return the transaction in which step ``key`` runs and is recorded."""
         return StepTransaction(self, key)
 
     def signal(self, key: str) -> str | None:
-        """Return the JSON text that was sent for ``key``."""
+        """Return the JSON text that was sent for ``key``, or None if no signal has come."""
         rows = self.db.rows(self._sql.signal_for, {"id": self.key, "key": key})
         return rows[0][0] if rows else None
 
     def now(self) -> datetime:
-        """Tell the server's time."""
+        """Return the server's time."""
         return moment(self.db.rows(self._sql.now, {})[0][0])
 
     # -- beginning and end -----------------------------------------------------------------
 
     def begun(self, size: int) -> None:
-        """Note that the first snapshot is stored, of ``size`` characters."""
+        """Note that the first snapshot, of ``size`` characters, is stored."""
         self.written = Written(size=size, journal_is_empty=True)
 
     def taken_up(self, size: int) -> None:
-        """Note that a stored run has been taken up, which is the first write of its start."""
+        """Note that a stored run was admitted: that is write number 1 under this lease."""
         self.written = Written(1, 1, size, journal_is_empty=True)
 
     def finish(
@@ -166,13 +170,15 @@ class Checkpoints:
         """Store the end, fold the journal and release the lease, in one statement.
 
         Args:
-            compose: writes the last document; None deletes the run.
-            pause: seconds until it is due again; None: it is not.
-            ending: is called in turn with the steps, before the document is composed. What another
-                thread still does from then on is neither kept nor acknowledged.
+            compose: composes the final snapshot; None deletes the run instead.
+            pause: seconds until the run is due again; None sets no time.
+            ending: closes the run to new records. It is called with the turn held, before the
+                snapshot is composed: a step of another thread is either already in the snapshot or
+                refused, never acknowledged and then lost.
 
         Returns:
-            Whether the last try has done it, how many tries there were, and the document.
+            Whether the last try changed the row, how many tries there were, and the snapshot. After
+            several tries, False can mean that an earlier one did it and its reply was lost.
         """
         tries, document = 0, ""
 
@@ -184,6 +190,8 @@ class Checkpoints:
                 tries += 1
                 if compose is None:
                     return bool(fetch(conn, self._sql.discard, self.next_write()))
+                # Composed once: from a retry, the caller can tell by the document whether an
+                # earlier try landed. A retry after that finds no lease and changes nothing.
                 document = document or compose()
                 finish = (
                     self._sql.finish if self.written.journal_is_empty else self._sql.finish_and_fold
@@ -194,24 +202,30 @@ class Checkpoints:
         return self.db.run(work), tries, document
 
     def refuse_if_not_ours(self, what: str) -> None:
-        """Raise, with the turn, where nothing of this run may be written any more."""
+        """Raise if this process may write nothing more for the run. Call it with the turn held.
+
+        A forked child would write under its parent's lease. While the outcome of a step's commit is
+        unknown, any other write could record the step although it was rolled back.
+        """
         if os.getpid() != self._pid:
             raise WorkflowError(
-                f"process {os.getpid()} was forked inside the run of {self.id!r} and records "
-                f"nothing for it; leave it with os._exit() {what}"
+                f"process {os.getpid()} was forked inside the run of {self.id!r} and must not "
+                f"write to it; end the child process with os._exit() {what}"
             )
         if self.in_doubt is not None:
             raise StoreUnavailable(
-                f"the connection was lost while step {self.in_doubt!r} was being committed, and "
-                "whether it was is not known yet. Resume the run."
+                f"the connection was lost while step {self.in_doubt!r} of {self.id!r} was being "
+                "committed, and the outcome of the commit is not known yet; resume the run"
             )
 
     # -- what is written -------------------------------------------------------------------
 
     def next_write(self) -> dict[str, Any]:
-        """Return what the fence of the next write asks for.
+        """Return the parameters of the next write's fence.
 
-        It may follow the last write that is known to have landed, and any sent since.
+        The stored token may be that of the last write known to have landed, or of any sent since
+        whose reply was lost. It may also be the next one itself: then an earlier try of the same
+        write has landed.
         """
         written = self.written
         tokens = [self._numbered(nr) for nr in range(written.number, written.tried + 2)]
@@ -228,7 +242,7 @@ class Checkpoints:
 
     @property
     def counted_attempts(self) -> int:
-        """The starts since the run last got further; once this one has, it is the first."""
+        """The starts since the run last made progress; 1 as soon as this start has made some."""
         return 1 if self.written.has_progressed else self.attempts
 
     def _numbered(self, number: int) -> str:
@@ -240,7 +254,9 @@ class Checkpoints:
 
     def _append(self, conn: Connection, statement: bytes, key: str, step: str) -> bool:
         params = {**self.next_write(), "key": key, "step": step}
-        # Only on the last rewrite that is known: a later one would not know of this step.
+        # Valid only on the last rewrite known to have landed. If this append arrives late, after a
+        # newer rewrite, it must change nothing: that rewrite does not count on this step, and the
+        # end of the run would leave it behind in a journal believed empty.
         params["tokens"] = [params["base"]]
         self.written = self.written.trying_append()
         if not execute(conn, statement, params, prepare=True):
@@ -250,7 +266,8 @@ class Checkpoints:
 
     def _rewrite(self, conn: Connection) -> bool:
         params = {**self.next_write(), "snapshot": self.document(), "pause": self._pause()}
-        # Noted before it is sent: whatever becomes of it, the next write has a later number.
+        # Counted before it is sent, so that the next write gets a later number whatever becomes of
+        # this one: if the reply is lost and the statement lands late, it no longer fits.
         self.written = self.written.trying_rewrite()
         statement = self._sql.write if self.written.journal_is_empty else self._sql.fold
         if not execute(conn, statement, params, prepare=True):
@@ -259,10 +276,10 @@ class Checkpoints:
         return True
 
     def write_in_transaction(self, conn: Connection, key: str, step: str, isolated: bool) -> bool:
-        """Write one step in the transaction of its body; tell whether the lease was still ours.
+        """Write one step in the transaction of its body; return whether the fence let it through.
 
-        It is appended whatever the size: an isolated transaction could not write a snapshot that
-        another thread or a signal has changed since it began.
+        The step is appended whatever its size: an isolated transaction could not update a snapshot
+        that another thread or a signal has changed since the transaction began.
         """
         sql = self._sql
         self._note_progress(step)
@@ -276,18 +293,25 @@ class Checkpoints:
         return bool(execute(conn, sql.write_isolated, params, prepare=True))
 
     def rewrite_before_append(self) -> None:
-        """Rewrite the snapshot if a step may not be appended to it, on a connection of its own."""
+        """Rewrite the snapshot now if no step may be appended to it as it is.
+
+        On a separate connection: in the step's transaction it would be rolled back with the step,
+        and those of the pool may all be held by threads of this run that wait for the turn, which
+        this thread holds.
+        """
         if self.written.must_be_rewritten and not self.db.run_apart(self._rewrite):
             raise LeaseLost(self.id)
 
     def has_committed(self, key: str, step: str) -> bool:
-        """Tell how the transaction of a step has ended, waiting until it has.
+        """Wait until the transaction of a step has ended; return whether it was committed.
 
-        On a connection of its own: those of the pool may be held by threads of this run, which
-        wait for the turn that we have.
+        On a separate connection: those of the pool may all be held by threads of this run that
+        wait for the turn, which this thread holds.
         """
 
         def look(conn: Connection) -> bool:
+            # First wait for an in-flight commit, which holds a lock on the lease's row. A read
+            # before that could miss a step that is committed a moment later.
             fetch(conn, self._sql.wait_for_commit, {"id": self.key, "token": self.token})
             rows = fetch(conn, self._sql.load, {"id": self.key})
             stored = decode_snapshot(self.id, rows[0][0], rows[0][1]) if rows else None
@@ -297,7 +321,7 @@ class Checkpoints:
         return self.db.run_apart(look)
 
     def _pause(self) -> float | None:
-        """Return the pause before the next start, unless this one has got further."""
+        """Return the seconds to pause before the next start; None if this start needs no pause."""
         return None if self.counted_attempts < 2 else pause_after(self.attempts)
 
     @property

@@ -1,8 +1,8 @@
-"""Durable runs: lease, load, workflow, checkpoint, release.
+"""`Durable`, the object users work with: registers workflows, and runs or submits them.
 
-A run begins with one statement that takes the lease and stores its input, records each step with
-one, and ends with one that stores the output, folds the journal and gives the lease back.
-`Durable` is what the user holds; each run is a `Session`.
+A new run begins with one statement that acquires the lease and stores its input. It records each
+step with one statement, and ends with one that stores the output, folds the journal and releases
+the lease. Each start of a run is a `Session`.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from ..store.database import Connection
 from ..workflow.codec import encode
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
+from .checking import Checking
+from .looking import Looking
 from .options import check_verdicts
 from .pending import Backoff
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
+from .rewinding import Rewinding
 from .session import Session
 from .steering import Steering
 
@@ -32,24 +35,26 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @define(eq=False, slots=False)
-class Durable(Resuming, Steering):
-    """Runs workflows so that each step survives the process, one process at a time per id.
+class Durable(Resuming, Looking, Steering, Rewinding, Checking):
+    """Runs workflows whose recorded steps survive the process, one process at a time per id.
 
     Args:
-        store: where the state lives.
-        lock_ttl: seconds after which another process may take over from one that died.
-        codec: turns arguments and results into JSON and back.
-        on_event: called with an `Event` at every turn; its errors are logged.
-        on_complete: ``"delete"`` forgets a run when it completes; its id can then run again.
+        store: the `SnapshotStore` that keeps the runs.
+        lock_ttl: seconds after which another process can take over from one that died.
+        codec: converts arguments and results to JSON and back.
+        on_event: called with an `Event` whenever a run or a step starts, ends or is replayed; its
+            errors are logged.
+        on_complete: ``"delete"`` deletes a run when it completes; its id can then run again.
         on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
-        max_attempts: a run is given up when it has been started this many times without getting
-            further; None: never.
-        backoff: says how long a run pauses that has failed: a function of the error and the number
-            of the attempt (from 1) that returns seconds or a timedelta, or None to give the run
-            up. Default: 1 s, 2 s, 4 s ... 1 h.
-        metadata: stored with every run started here.
-        transaction: opens the transactions of ``step.transaction``: a context manager that gives a
-            psycopg connection and commits when it closes. Default: one of the store's connections.
+        max_attempts: a run is given up when it has been started this often without progress; None
+            sets no limit.
+        backoff: a function of the error and the attempt (counted from 1) that returns how long a
+            failed run pauses, in seconds or as a timedelta, or None to give it up. Default: 1 s,
+            2 s, 4 s ... up to 1 h.
+        metadata: a mapping of JSON values, stored with every run started here.
+        transaction: opens the transactions of ``step.transaction``: a function that returns a
+            context manager which yields a psycopg connection and commits on exit. Default: a
+            connection of the store's pool.
 
     Example:
         >>> with postgres("embedded") as store:                          # doctest: +SKIP
@@ -88,18 +93,24 @@ class Durable(Resuming, Steering):
         max_attempts: int | EllipsisType | None = ...,
         backoff: Backoff | None = None,
     ) -> F | Callable[[F], F]:
-        """Register a workflow function, so that its runs can be resumed; returns it unchanged.
+        """Register a workflow function, so that its runs can be resumed. For use as a decorator.
 
         Args:
             fn: the function; its first parameter is a `Step`.
-            name: what its runs are stored under (default: the function's name). Keep it when you
-                rename the function.
-            version: raise it when the steps change.
-            on_version_mismatch: what to do with unfinished state of another version: ``"error"``,
-                ``"clear"`` (start afresh), or a function of the snapshot and the version wanted
-                that returns the snapshot to go on from.
-            max_attempts: as of `Durable`, for the runs of this workflow (default: as there).
-            backoff: as of `Durable`, for the runs of this workflow (default: as there).
+            name: the name its runs are stored under (default: the function's name). Keep it when
+                you rename the function.
+            version: increase it when the steps change.
+            on_version_mismatch: what to do with an unfinished run of another version: ``"error"``
+                raises `VersionMismatch`, ``"clear"`` starts it afresh, and a function is called
+                with the stored snapshot and this version, and returns the snapshot to resume from.
+            max_attempts: the same as for `Durable`, for runs of this workflow (default: its own).
+            backoff: the same as for `Durable`, for runs of this workflow (default: its own).
+
+        Returns:
+            the function, unchanged.
+
+        Raises:
+            ValueError: another function is registered under that name.
         """
         if not isinstance(version, int) or isinstance(version, bool):
             raise TypeError(f"version must be an integer, not {version!r}")
@@ -119,20 +130,32 @@ class Durable(Resuming, Steering):
     def run(
         self, id: str, fn: Callable[Concatenate[Step, P], T], /, *args: P.args, **kwargs: P.kwargs
     ) -> T:
-        """Run ``fn`` under ``id``, or resume it, or return what it returned before.
+        """Run ``fn`` under ``id``, or resume that run, or return its recorded output.
 
-        The function gets its arguments, and the caller the result, as a resume would: after a
-        round trip through JSON (and the codec).
+        Arguments and result make a round trip through JSON (and the codec) on the first run too, so
+        that it sees what a resumed run would see.
+
+        Args:
+            id: the id of the run; at most 1,000 bytes with the store's prefix.
+            fn: the workflow function, called with a `Step` and the arguments.
+            args: its arguments; part of the run's identity.
+            kwargs: its keyword arguments, likewise.
+
+        Returns:
+            what ``fn`` returned, now or when the run completed.
 
         Raises:
             whatever the workflow raises; the run is then recorded as failed and can be resumed,
                 even if it was given up.
-            AlreadyRunning: another process has it.
+            AlreadyRunning: another process is running it.
             WorkflowConflict: the id belongs to another workflow or input.
-            VersionMismatch, WorkflowDrift: the code has changed; nothing ran.
-            LeaseLost: this process stalled past ``lock_ttl`` and another took over.
-            StoreUnavailable: the database went away for longer than the store retries.
-            NotSerializable: an argument or a result is not JSON; nothing of it was recorded.
+            VersionMismatch, WorkflowDrift: the code has changed; nothing was erased.
+            WorkflowSuspended: the run waits for a time or a signal.
+            WorkflowCancelled: the run was cancelled.
+            LeaseLost: this process stalled past ``lock_ttl`` and another took over, or the database
+                has lost steps it had recorded.
+            StoreUnavailable: the database was away for longer than the store retries.
+            NotSerializable: an argument or a result is not JSON; it was not recorded.
             TypeError: ``fn`` does not take these arguments; nothing was stored.
         """
         session = self._session_for(id, self._workflows.of(fn), args, kwargs)
@@ -147,16 +170,18 @@ class Durable(Resuming, Steering):
         conn: Connection | None = None,
         **kwargs: Any,
     ) -> bool:
-        """Accept a run without starting it: `resume_pending` will.
+        """Accept a run without starting it; `resume_pending` starts it.
 
         Args:
-            id: what to run it as.
-            fn: the workflow function.
+            id: the id of the run; at most 1,000 bytes with the store's prefix.
+            fn: the workflow function; it must be registered.
             args: its arguments.
-            conn: join the transaction of this connection: accepted when it commits.
+            conn: a psycopg connection; the run is stored in its transaction, with whatever else
+                that commits. Default: a connection and a commit of its own.
+            kwargs: its keyword arguments.
 
         Returns:
-            True if it is new, False if the same run is there already.
+            True if the run is new, False if the same run already exists.
 
         Raises:
             WorkflowConflict: the id belongs to another workflow or input.
@@ -172,7 +197,7 @@ class Durable(Resuming, Steering):
     def _session_for(
         self, id: str, entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Session:
-        """Make a session for a call; raise TypeError, as the call itself would, if it is wrong."""
+        """Return a session for this call; raise TypeError if ``fn`` could not be called with it."""
         entry.check_call(args, kwargs)
         return Session(self, id, entry, self._input(args, kwargs))
 

@@ -1,4 +1,4 @@
-"""What all runs of one `Durable` have in common."""
+"""The options that all runs of one `Durable` share."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from attrs import define, field
 from .._checks import OnDrift, check_limit, check_on_drift, check_ttl
 from ..store.lease import DEFAULT_TTL
 from ..store.store import SnapshotStore
+from ..store.transaction import OpenTransaction
 from ..workflow.codec import Codec, encode
 from ..workflow.event import OnEvent
 from .pending import Backoff
 from .registry import Entry, Registry
-from .transaction import OpenTransaction
 
 
 @define(eq=False, slots=False)
 class Options:
-    """The options of a `Durable`, which documents them, checked; and the functions it knows."""
+    """The checked options of a `Durable` (documented there), and its registered functions."""
 
     store: SnapshotStore
     lock_ttl: float = field(default=DEFAULT_TTL, kw_only=True, converter=check_ttl)

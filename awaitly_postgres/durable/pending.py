@@ -1,4 +1,4 @@
-"""When a run is due again, and in which order a worker turns to what is pending."""
+"""When a run is due again, and in which order a worker takes up pending runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._checks import check_seconds
 from ..store.rows import SnapshotInfo
 from ..store.store import Infos
 
-PAGE = 100  # of a listing
+PAGE = 100  # entries in one listing
 LONGEST_PAUSE = 3600.0  # seconds
 NO_MORE = math.inf  # the pause of a run that is given up
 
@@ -25,7 +25,10 @@ _log = logging.getLogger("awaitly_postgres")
 
 
 def pause_after(attempts: int) -> float:
-    """Return the seconds before a run that was started so often is due again."""
+    """Return the pause in seconds after a failed start: 1, 2, 4 ... up to `LONGEST_PAUSE`.
+
+    ``attempts`` counts the starts since the run last made progress, the failed one included.
+    """
     return min(2.0 ** min(attempts - 1, 12), LONGEST_PAUSE)
 
 
@@ -56,11 +59,17 @@ def has_no_starts_left(attempts: int, max_attempts: int | None) -> bool:
 
 @frozen
 class Outcome:
-    """What came of resuming one workflow: `Durable.resume_pending`, `Durable.try_resume`.
+    """The outcome of resuming one run, from `Durable.resume_pending` or `Durable.try_resume`.
 
-    ``status`` is ``"completed"`` with ``result``, ``"failed"`` with ``error``, ``"suspended"``, or
-    ``"skipped"`` when another process has it. ``attempts`` counts its starts so far. ``retry_at``
-    is when a failed run is tried again, by the server's clock; None if it is not, by itself.
+    Attributes:
+        id: the id of the run.
+        status: ``"completed"``; ``"failed"``, if the workflow raised or could not be started;
+            ``"suspended"``, if it waits for a time or a signal; ``"skipped"``, if another process
+            got there first or the run was cancelled.
+        result: what a completed workflow returned.
+        error: the exception, unless it completed.
+        attempts: the starts since the run last made progress, this one included.
+        retry_at: when a failed run is tried again, by the server's clock; None: not by itself.
     """
 
     id: str
@@ -73,14 +82,14 @@ class Outcome:
 
 @define(eq=False)
 class Queue:
-    """What is pending, in turn, each once.
+    """Iterates over the pending runs, each once.
 
-    Alone, a worker takes a listing as it comes. When another was faster, they are both working
-    through the same one: then it draws at random, and looks again the sooner the more often it
-    comes too late.
+    A worker that is alone takes the runs in the order of the listing. When another process got to
+    one first, both are working through the same listing: the worker then takes runs at random, and
+    lists again sooner the more often it comes too late.
     """
 
-    _look: Callable[[SnapshotInfo | None, int], Infos]  # so many of those behind an entry
+    _look: Callable[[SnapshotInfo | None, int], Infos]  # lists up to n entries after a given one
     _seen: set[str] = field(factory=set)
     _behind: SnapshotInfo | None = None
     _trust: int = PAGE  # how many of a listing to take before looking again
@@ -91,7 +100,7 @@ class Queue:
             unseen = [info for info in listing if info.id not in self._seen]
             if not unseen:
                 if self._behind == listing[-1]:
-                    return  # its time is infinity: nothing is behind it
+                    return  # its time is infinity, so no entry comes after it
                 self._behind = listing[-1]
             if self._contended:
                 random.shuffle(unseen)
@@ -112,5 +121,5 @@ class Queue:
         return PAGE * min(self._trust, 10) if self._contended else PAGE
 
     def somebody_was_faster(self) -> None:
-        """Tell that the last one had been taken."""
+        """Note that another process had already taken the last run."""
         self._was_late = True

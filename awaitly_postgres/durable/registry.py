@@ -1,4 +1,4 @@
-"""Which workflow functions are known, and under which names."""
+"""The registered workflow functions and their names."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import EllipsisType
 from typing import Any, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
+from ..errors import VersionMismatch
 from ..snapshot import WorkflowSnapshot
-from ..workflow.workflow import name_of
+from ..workflow.workflow import name_of, stored_version
 from .pending import Backoff
 
 OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int], WorkflowSnapshot]
@@ -19,9 +20,9 @@ OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int]
 
 @frozen
 class Entry:
-    """A workflow function under its name, with the rules for its runs.
+    """A workflow function with its name, its version, and the rules for its runs.
 
-    Where it says nothing of ``max_attempts`` (``...``) or ``backoff``, those of the `Durable` hold.
+    Where it has no ``max_attempts`` (``...``) or ``backoff``, those of the `Durable` apply.
     """
 
     name: str
@@ -32,31 +33,55 @@ class Entry:
     backoff: Backoff | None = None
 
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Raise TypeError, as the call itself would, if the function does not take these."""
+        """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:
             signature.bind(None, *args, **kwargs)  # None stands for the step
+
+    def check_version(self, id: str, stored: WorkflowSnapshot) -> None:
+        """Raise `VersionMismatch` if ``stored`` has another version, which is an error here."""
+        version = stored_version(stored.metadata or {})
+        if version != self.version and self.on_version_mismatch == "error":
+            raise VersionMismatch(id, version, self.version)
+
+    def at_its_version(self, id: str, stored: WorkflowSnapshot) -> WorkflowSnapshot | None:
+        """Return the state to continue from, migrated if need be; None to start afresh."""
+        if stored_version(stored.metadata or {}) == self.version:
+            return stored
+        migrate = self.on_version_mismatch
+        if not callable(migrate):
+            self.check_version(id, stored)
+            return None  # "clear"
+        migrated = migrate(stored, self.version)
+        if isinstance(migrated, Mapping):
+            migrated = WorkflowSnapshot.from_json(migrated)
+        if not isinstance(migrated, WorkflowSnapshot):
+            raise TypeError(
+                f"on_version_mismatch of {self.name!r} must return a WorkflowSnapshot, "
+                f"not {type(migrated).__name__}"
+            )
+        return evolve(migrated, metadata={**(migrated.metadata or {}), "version": self.version})
 
 
 class Registry(dict[str, Entry]):
     """The workflow functions of one `Durable`, by name."""
 
     def add(self, entry: Entry) -> None:
-        """Register a function; raise ValueError if its name is another's."""
+        """Register a function; raise ValueError if another one has its name."""
         known = self.get(entry.name)
-        # The same place in the source again is a reloaded module.
+        # The same function defined again, in the same module, is a reload: it replaces the old one.
         if known is not None and _place(known.fn) != _place(entry.fn):
             raise ValueError(
-                f"{_place(known.fn)} is registered as {entry.name!r} already; "
+                f"{_place(known.fn)} is already registered as {entry.name!r}; "
                 f"give {_place(entry.fn)} another name="
             )
         self[entry.name] = entry
 
     def of(self, fn: Callable[..., Any]) -> Entry:
-        """Return what ``fn`` is registered as, or an entry that is not registered."""
+        """Return the entry ``fn`` is registered as, or a new one that is not registered."""
         if not callable(fn):
             raise TypeError(f"the workflow must be a function, not {fn!r}")
         for entry in self.values():
-            if entry.fn == fn:  # a bound method is another object each time
+            if entry.fn == fn:  # not `is`: each access to a bound method makes a new object
                 return entry
         return Entry(name_of(fn), fn)
 
@@ -65,7 +90,7 @@ class Registry(dict[str, Entry]):
 def _signature(fn: Callable[..., Any]) -> inspect.Signature | None:
     try:
         return inspect.signature(fn)
-    except (TypeError, ValueError):  # something built in that does not tell
+    except (TypeError, ValueError):  # a built-in that has no signature to inspect
         return None
 
 

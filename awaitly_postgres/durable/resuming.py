@@ -1,4 +1,4 @@
-"""Finishing what is stored: one run by its id, or all that are due."""
+"""Resuming stored runs: one by its id, or all that are due."""
 
 from __future__ import annotations
 
@@ -28,35 +28,39 @@ from .pending import Outcome, Queue
 from .session import Session
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
-_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError, NoStartsLeft)  # nothing has run
+_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError, NoStartsLeft)  # no new step ran
 
 
 @define(eq=False, slots=False)
 class Resuming(Options):
-    """The part of `Durable` that takes up stored runs."""
+    """The part of `Durable` that resumes stored runs."""
 
     def resume(self, id: str) -> Any:
-        """Finish the run stored as ``id`` with the registered workflow and its recorded input.
+        """Resume the run stored as ``id``, with its registered workflow and recorded input.
 
-        Ignores the pause after a failure, and starts one that was given up, its attempts counted
-        afresh. Returns the recorded output of a completed one.
+        It starts at once, even if it is pausing after a failure. A run that was given up starts
+        again too, its attempts counted afresh.
+
+        Returns:
+            what the workflow returned; for a completed run, its recorded output.
 
         Raises:
-            WorkflowNotFound: nothing is stored there, or its workflow is not registered.
+            WorkflowNotFound: nothing that can be started is stored there, or its workflow is not
+                registered.
             and what `run` raises.
         """
         session, found = self._resumable(id)
         return session.start(found)
 
     def try_resume(self, id: str) -> Outcome:
-        """Resume ``id`` as `resume` does, and return what came of it instead of raising.
+        """Resume ``id`` as `resume` does, but return an `Outcome` instead of raising.
 
         Returns:
-            an `Outcome`: ``"skipped"`` if another process has it or it was cancelled, ``"failed"``
-            with the error if the workflow raised one or could not be started.
+            an `Outcome`: ``"skipped"`` if another process has the run or it was cancelled,
+            ``"failed"`` with the error if the workflow raised or could not be started.
 
         Raises:
-            StoreUnavailable: the database went away.
+            StoreUnavailable: the database was away for longer than the store retries.
         """
         return self._attempt(id)
 
@@ -67,25 +71,25 @@ class Resuming(Options):
         limit: int = 100,
         on_progress: Callable[[Outcome], object] | None = None,
     ) -> list[Outcome]:
-        """Finish what is unfinished and due: crashed, failed, submitted. For cron.
+        """Resume the runs that are unfinished and due: submitted, crashed, failed, done sleeping.
 
-        Takes the registered workflows only, and those that nobody holds the lease of: the longest
-        untouched first, in a random order where other workers are at it too. After a failure a run
-        pauses, as ``backoff`` says. One that died ``max_attempts`` times without getting further is
-        given up.
+        For cron. It takes only runs of registered workflows whose lease no process holds, least
+        recently updated first, or at random where other workers take from the same listing. After
+        a failure a run pauses for as long as its ``backoff`` says. A run that was started
+        ``max_attempts`` times, and died each time without progress, is given up instead.
 
         Args:
             prefix: only ids that start with exactly this.
-            limit: run at most so many. What another process has, what is refused because the code
-                has changed, and what is given up unstarted does not count: it must not block the
-                rest for ever.
+            limit: start at most this many runs. Those skipped, given up, or refused because the
+                code has changed, do not count: otherwise they could keep the others from ever
+                starting.
             on_progress: called with each `Outcome` as it comes.
 
         Returns:
-            one `Outcome` for each; failures are among them and do not stop the rest.
+            one `Outcome` for each run tried. A run that fails does not stop the others.
 
         Raises:
-            StoreUnavailable: the database went away.
+            StoreUnavailable: the database was away for longer than the store retries.
         """
         check_limit(limit)
         names = list(self._workflows)
@@ -105,13 +109,23 @@ class Resuming(Options):
         return outcomes
 
     def list_pending(self, prefix: str = "", limit: int = 100) -> Infos:
-        """List what `resume_pending` would take up now, the longest untouched first."""
+        """List the runs that `resume_pending` would start now, least recently updated first.
+
+        Args:
+            prefix: only ids that start with exactly this.
+            limit: list at most this many.
+
+        Returns:
+            a list of `SnapshotInfo`.
+        """
         return self._pending(prefix, limit, list(self._workflows))
 
     def _resumable(self, id: str, seen: datetime | None = None) -> tuple[Session, Found]:
-        """Look ``id`` up: a look costs less than a lease that has to be given back.
+        """Look ``id`` up without its lease, which costs more and would have to be released again.
 
-        With the time at which it was ``seen`` as pending, raise if it no longer is.
+        ``seen`` is the time of the row when it was listed as pending: raise if the run was written
+        since, or if another process holds its lease. Both can change before this process acquires
+        the lease, so admission checks again under it.
         """
         rows = self.store._db.rows(self.store._sql.read_for_resume, {"id": self.store.key(id)})
         if seen is not None:
@@ -146,7 +160,7 @@ class Resuming(Options):
         )
 
     def _attempt(self, id: str, seen: datetime | None = None) -> Outcome:
-        """Resume ``id``, unless somebody has touched it since it was ``seen`` as pending."""
+        """Resume ``id``, unless it was written since it was ``seen`` as pending."""
         session: Session | None = None
         try:
             session, found = self._resumable(id, seen)
@@ -157,7 +171,8 @@ class Resuming(Options):
             attempts = session.attempts if session else 0
             if end == "run_suspended":
                 return Outcome(id, "suspended", None, error, attempts)
-            # What a failed run has raised is its own affair, even if it looks like one of these.
+            # A run recorded as failed is a failure even if the workflow itself raised one of these,
+            # for instance from another store.
             if end != "run_failed":
                 if isinstance(error, StoreUnavailable):
                     raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
@@ -19,7 +19,7 @@ from ..errors import (
     WorkflowDrift,
     WorkflowSuspended,
 )
-from ..snapshot import OF_THIS_MOMENT, Status, WorkflowSnapshot, compose
+from ..snapshot import Status, WorkflowSnapshot, as_mapping, compose
 from ..store import lease as leases
 from ..store import renewal
 from ..store.database import Connection, Database, fetch
@@ -36,7 +36,7 @@ from .options import Options
 from .pending import NO_MORE, verdict
 from .registry import Entry
 
-NEVER = "9999-12-31T23:59:59.999Z"  # until a signal comes
+NEVER = "9999-12-31T23:59:59.999Z"  # when a run that waits for a signal is due by itself
 
 
 @define(eq=False)
@@ -47,7 +47,7 @@ class Session:
     id: str
     entry: Entry
     input: str  # JSON text
-    end: EventType | None = None  # None: it has not come to run
+    end: EventType | None = None  # how the start ended; None: the workflow was never called
     gave_up: bool = False
     _run: Run = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
@@ -87,13 +87,17 @@ class Session:
 
     @property
     def attempts(self) -> int:
-        """How often the run was started since it last got further, this start included."""
+        """How often the run was started since it last made progress, this start included."""
         return self._checkpoints.attempts
 
     # -- beginning -------------------------------------------------------------------------
 
     def submit(self, conn: Connection | None) -> bool:
-        """Store the input for a later run; tell whether it is new."""
+        """Store the input for a later run; return whether this call stored it.
+
+        Raises:
+            WorkflowConflict: the id belongs to another workflow or input.
+        """
         now = datetime.now(timezone.utc).isoformat()
         params = {"id": self._key, "snapshot": self._document("running", submitted_at=now)}
         tries = 0
@@ -109,15 +113,16 @@ class Session:
         if stored is None:
             return False
         self._admission.check_identity(stored)
-        # An earlier try may have stored it, and only its reply was lost.
+        # Found after a retry, it may be what the first try stored, if only the reply was lost: then
+        # it bears the time of this very call.
         return tries > 1 and (stored.metadata or {}).get("submittedAt") == now
 
     def start(self, found: Found | None = None, *, as_it_was: bool = False) -> Any:
-        """Run to an end, or return the recorded output.
+        """Run to an end and return the result, or return the recorded output.
 
         Args:
-            found: the run as it was looked up, to save another look.
-            as_it_was: raise `TouchedMeanwhile` if somebody has worked on it since. From cron.
+            found: the run as it was looked up, which saves reading it again.
+            as_it_was: raise `TouchedMeanwhile` if it was written since. For `resume_pending`.
         """
         self._db.refuse_to_run_here()
         try:
@@ -131,12 +136,16 @@ class Session:
                 self._restore(admission.snapshot)
             return self._execute()
         finally:
-            # Whatever has struck, and wherever: a lease that is still ours is given back.
+            # Whatever exception has struck, and wherever: release the lease if it is still held.
             self._admission.release()
 
     def _restore(self, stored: WorkflowSnapshot) -> None:
-        """Take over what is recorded, at our version; what is left out is rewritten first."""
-        checkpoints, ours = self._checkpoints, self._admission.at_our_version(stored)
+        """Take over the recorded steps, migrated to this version if need be.
+
+        If that drops or changes any (a migration, open failures), the first write of this start
+        must rewrite the snapshot: an append would leave the old steps in it.
+        """
+        checkpoints, ours = self._checkpoints, self.entry.at_its_version(self.id, stored)
         if ours is not None:
             self._stored = ours
             checkpoints.history = self._run.history = History.of(ours)
@@ -148,7 +157,7 @@ class Session:
     def _execute(self) -> Any:
         run, lease, codec = self._run, self._admission.lease, self.options.codec
         if lease is None:
-            raise RuntimeError("nothing runs before the lease is taken")
+            raise RuntimeError(f"the run of {self.id!r} cannot be executed without its lease")
         failure: BaseException | None = None
         self.end = "run_stopped"
         renewal.keep_renewed(lease)
@@ -161,6 +170,7 @@ class Session:
             except BaseException as error:
                 self.end = self._end(error)
                 raise
+            # Outside the inner try: if the completion cannot be stored, the run has not failed.
             self._finish(lambda: self._document("completed", output=output), completed=True)
             self.end = "run_completed"
         except BaseException as error:
@@ -178,13 +188,13 @@ class Session:
         return self._decode_output(_json.as_stored(output))
 
     def _end(self, error: BaseException) -> EventType:
-        """Record how the run ended, as far as there is anything to record."""
+        """Record how the run ended, if that may be recorded; return the type of the event."""
         ours = error is self._run.interruption
         if ours and isinstance(error, WorkflowSuspended):
             self._finish(lambda: self._document("running", suspended=True))
             return "run_suspended"
-        # Drift is not recorded: what is recorded is right, and the code is not. Nor can an end be
-        # without the lease or the store; nor is it for a forked child to say.
+        # Drift is not recorded as a failure: the code is wrong, not the record. Without the lease
+        # or the store no end can be recorded, and a forked child must not record its parent's.
         refused = ours and isinstance(error, (WorkflowDrift, LeaseLost, StoreError))
         if isinstance(error, Exception) and not refused and os.getpid() == self._pid:
             attempt, max_attempts = self._checkpoints.counted_attempts, self._admission.max_attempts
@@ -200,13 +210,14 @@ class Session:
     def _finish(
         self, compose: Callable[[], str], pause: float | None = None, *, completed: bool = False
     ) -> None:
-        """Store how it ended, or forget the run; release the lease in the same statement."""
+        """Store the end of the run, or delete the run; release the lease in the same statement."""
         forget = completed and self.options.on_complete == "delete"
         done, tries, document = self._checkpoints.finish(
             None if forget else compose, pause, self._run.end
         )
         if not done and tries > 1:
-            # An earlier try may have done it, and only its reply was lost.
+            # An earlier try may have done it, with only its reply lost. Its lease is gone then, so
+            # the retry changed nothing. The stored end shows whether it is this one: it has a time.
             stored = self.options.store.load(self.id)
             if forget or stored is None:
                 done = forget and stored is None
@@ -217,6 +228,8 @@ class Session:
         self._admission.finished()
 
     def _raise_if_cancelled(self, error: LeaseLost) -> None:
+        # `cancel` revokes the lease, so the run's next write fails with `LeaseLost`. That error
+        # stands if the database cannot be asked why.
         stored = None
         with suppress(AwaitlyError):
             stored = self.options.store.load(self.id)
@@ -234,22 +247,22 @@ class Session:
         suspended: bool = False,
         submitted_at: str | None = None,
     ) -> str:
-        """Write the whole snapshot as it stands, from the texts of its steps."""
+        """Compose the whole snapshot as it stands now, from the JSON texts of its steps."""
         history = self._run.history
-        ours = (*OF_THIS_MOMENT, "input")
         metadata: dict[str, Any] = {
-            **{name: value for name, value in self.options.metadata.items() if name not in ours},
             "workflow": self.entry.name,
             "version": self.entry.version,
-            # The starts since it got further; a run that waits has not failed.
+            # The starts since it made progress: suspending itself is progress too.
             "attempts": 0 if suspended else self._checkpoints.counted_attempts,
         }
         if status != "completed":
             metadata |= history.standing(suspended)
+        if given := {**self._given_before(), **self.options.metadata}:
+            metadata["custom"] = given
         if submitted_at is not None:
             metadata["submittedAt"] = submitted_at
         if failure is not None:
-            metadata["failure"] = _failure.to_json(failure)["cause"]
+            metadata["failure"] = _failure.run_to_json(failure)
         if suspended:
             metadata["wakeAt"] = min(due or NEVER for due in history.waits.values())
         text = compose(
@@ -262,6 +275,11 @@ class Session:
         )
         _json.check_size(text, f"the snapshot for {self.id!r}")
         return text
+
+    def _given_before(self) -> Mapping[str, Any]:
+        """Return the metadata that the user gave to earlier starts of this run."""
+        stored = self._stored.metadata if self._stored else None
+        return as_mapping(as_mapping(stored).get("custom"))
 
     def _output(self, stored: WorkflowSnapshot) -> Any:
         metadata = stored.metadata or {}

@@ -1,4 +1,4 @@
-"""What is done to a stored run from outside: answered, cancelled, forgotten."""
+"""Operations on stored runs that do not run them: signal, cancel, delete."""
 
 from __future__ import annotations
 
@@ -20,29 +20,39 @@ class Steering(Options):
     """The part of `Durable` that acts on stored runs without running them."""
 
     def has_state(self, id: str) -> bool:
-        """Tell whether anything is stored as ``id``."""
+        """Return whether anything is stored as ``id``."""
         return bool(self.store._db.rows(self.store._sql.exists, {"id": self.store.key(id)}))
 
     def delete_state(self, id: str) -> bool:
-        """Forget the run stored as ``id``; tell whether there was one.
+        """Delete the run stored as ``id``; return whether there was one.
 
-        One that is running goes on, and stores its state again when it ends.
+        This does not stop a run: one that is running goes on, and stores its state again when it
+        ends. To end it for good, use `cancel`.
         """
         return self.store.delete(id)
 
     def delete_states(self, ids: Iterable[str]) -> int:
-        """Forget these runs; return how many there were."""
+        """Delete these runs, as `delete_state` does; return how many there were."""
         return self.store.delete_many(ids)
 
     def clear_state(self) -> int:
-        """Forget everything in the store (under its prefix); return how much there was."""
+        """Delete everything in the store (under its prefix); return how many runs there were."""
         return self.store._clear()
 
     def signal(self, id: str, key: str, value: Any) -> bool:
-        """Answer ``step.wait(key)`` of the run stored as ``id``; it may not have come there yet.
+        """Answer ``step.wait(key)`` of the run stored as ``id``, also before it gets there.
+
+        Args:
+            id: the id of the run.
+            key: the key of the wait.
+            value: what ``step.wait`` returns; JSON, or what the codec converts to it.
 
         Returns:
-            True if the answer is taken; False if there is no such unfinished run, or it has one.
+            True if the answer was stored; False if there is no such unfinished run, or it already
+            has an answer for this key.
+
+        Raises:
+            NotSerializable: the value is not JSON.
         """
         sql = self.store._sql
         value_json = encode(self.codec, value, f"the signal for step {key!r}")
@@ -58,16 +68,17 @@ class Steering(Options):
             tries += 1
             if execute(conn, sql.signal, params):
                 return True
-            # An earlier try may have done it, and only its reply was lost.
+            # An answer is never overwritten, so a retry finds the key taken, perhaps by the first
+            # try, of which only the reply was lost. Our own value there is the answer we sent.
             taken = fetch(conn, sql.signal_for, params) if tries > 1 else []
             return bool(taken) and _json.as_stored(taken[0][0]) == _json.as_stored(value_json)
 
         return self.store._db.run(send)
 
     def cancel(self, id: str) -> bool:
-        """End the run stored as ``id`` for good; tell whether there was an unfinished one.
+        """End the run stored as ``id`` for good; return whether there was an unfinished one.
 
-        If it is running, its next step is refused and its caller gets `WorkflowCancelled`.
+        If it is running, its next checkpoint is refused and its caller gets `WorkflowCancelled`.
         """
         now = timestamp()
         ended = {"status": "failed", "lastUpdated": now, "completedAt": now}
@@ -79,6 +90,8 @@ class Steering(Options):
         sql = self.store._sql
 
         def work(conn: Connection) -> bool:
+            # The lease's row first, as in every write of a run. This waits for a checkpoint that is
+            # being committed, so that the cancelled snapshot includes it.
             fetch(conn, sql.lock_lease_row, params)
             return bool(fetch(conn, sql.cancel, params))
 

@@ -1,9 +1,9 @@
-"""The transaction of one step, and what became of it when an error came out of it."""
+"""The transaction of one step, and how its outcome is settled after an error."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, suppress
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,53 +11,63 @@ from attrs import define, field
 
 from ..errors import LeaseLost, StoreUnavailable
 from ..store.database import ROLLBACK, Connection, driver_error, fetch
+from ..store.transaction import Transaction
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoints, Written
-
-OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 
 
 @define(eq=False)
 class StepTransaction:
     """The transaction of one step: its body, then the fenced write of the step, then the commit.
 
-    From that write until it is known what became of the commit, nothing else of the run is written:
-    the thread keeps the turn, and `Checkpoints.in_doubt` names the step.
+    From that write until the outcome of the commit is known, nothing else of the run is written:
+    this thread holds the turn, and `Checkpoints.in_doubt` names the step.
     """
 
     _run: Checkpoints
     _key: str
-    _open: ExitStack = field(factory=ExitStack)
+    _transaction: Transaction = field(init=False)
     _conn: Connection | None = None
     _isolated: bool = False
-    _step: str | None = None  # its JSON, once it is in the history
-    _before: Written | None = None  # what was stored before it, once we have the turn
+    _step: str | None = None  # its JSON, once the history has it
+    _before: Written | None = None  # the state to restore if the step is rolled back
     _committed: bool = False
+
+    def __attrs_post_init__(self) -> None:
+        self._transaction = Transaction(self._run.db, self._run.open_transaction)
 
     def __enter__(self) -> Connection:
         run = self._run
-        # Read before the transaction begins: what it sees is not older.
+        # Read before the transaction begins, so that what it sees is at least as new. Read later,
+        # these could name a checkpoint of another thread that an isolated transaction, which began
+        # before it, cannot see: the check would mistake it for lost history.
         params = run.next_write()
-        conn = self._conn = self._open.enter_context(run.db.transaction(run.open_transaction))
+        conn = self._conn = self._transaction.begin()
         self._isolated = run.db.isolates(conn)
         if self._isolated and not fetch(conn, run.db.sql.check_history, params):
             raise LeaseLost(run.id)
         return conn
 
     def record(self, enter: Callable[[], str]) -> None:
-        """Write the step, as the last statement before the commit."""
+        """Write the step, as the last statement before the commit.
+
+        Takes the turn and keeps it until the outcome of the commit is known. Only from here on, so
+        that steps of other threads can be recorded while the body runs.
+        """
         run = self._run
         if self._conn is None:
-            raise RuntimeError("nothing is written before the transaction is open")
+            raise RuntimeError(f"step {self._key!r} cannot be recorded: no transaction is open")
         run.turn.acquire()
         run.refuse_if_not_ours(f"before step {self._key!r} returns")
         run.rewrite_before_append()
+        # Saved before the history is changed: an exception may strike after any line, and `settle`
+        # undoes both where it finds a saved state.
         self._before = run.written
         self._step = enter()
         if not run.write_in_transaction(self._conn, self._key, self._step, self._isolated):
             raise LeaseLost(run.id)
-        run.in_doubt = self._key  # last: what follows is the commit
+        run.in_doubt = self._key  # last: until here a rollback is certain, next comes the commit
 
     def __exit__(
         self,
@@ -65,42 +75,43 @@ class StepTransaction:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if isinstance(error, ROLLBACK):  # which the transaction would swallow
+        if isinstance(error, ROLLBACK):  # psycopg would swallow it, as if the step had committed
             raise RuntimeError(
                 f"step {self._key!r} rolled its transaction back (psycopg.Rollback), so there is "
-                "nothing to record; raise an exception of your own, or return"
+                "nothing to record; raise another exception to fail the step, or return a value"
             ) from error
-        self._open.__exit__(kind, error, traceback)
+        self._transaction.end(error)
         if error is None:
-            # Before the doubt goes: an exception may strike between any two of these, and `settle`
-            # must not take what is neither in doubt nor known to be committed for rolled back.
+            # In this order, because an exception may strike between any two lines, and `settle`
+            # treats a step that is neither in doubt nor marked as committed as rolled back.
             self._committed = True
             self._clear_doubt()
             self._leave_turn()
 
     def settle(self, error: BaseException) -> BaseException | None:
-        """Find out what became of the transaction when ``error`` came out of it.
+        """Find out whether the transaction that ended with ``error`` was committed.
 
-        The error may have struck anywhere: in the body, in the commit, or between the two.
-        Afterwards the history has the step only if it was committed.
+        The error may have struck anywhere: in the body, in the commit, or in between. Afterwards
+        the history has the step only if it was committed, or if the outcome is still unknown.
 
         Returns:
-            What to raise; None if all went well but for the reply to the commit.
+            The exception to raise; None if the step was committed and only the reply was lost.
         """
         run = self._run
         try:
-            # What is still open will not be committed.
-            with suppress(Exception):
-                self._open.__exit__(type(error), error, error.__traceback__)
+            # First end what is still open. If the commit was not sent this rolls back, so that the
+            # lookup below finds an outcome and does not wait for a transaction of this thread.
+            closed = self._transaction.give_up(error)
             refused = driver_error(error) is not None
-            lost = refused and self._conn is not None and self._conn.closed
-            run.db.abandon(self._conn)
+            lost = refused and closed
             committed = self._committed
             in_doubt = not committed and run.in_doubt == self._key and self._step is not None
+            # An error from the server on a live connection is an answer: it was rolled back. After
+            # a lost connection or an interrupt (a signal handler, Ctrl-C) only a lookup can tell.
             if in_doubt and (lost or not refused):
                 try:
                     committed = run.has_committed(self._key, str(self._step))
-                except StoreUnavailable as unknown:  # and so it stays in doubt
+                except StoreUnavailable as unknown:  # the step stays in doubt: nothing may follow
                     if not isinstance(error, Exception):
                         return error
                     unknown.__cause__ = error
@@ -121,6 +132,7 @@ class StepTransaction:
             self._run.in_doubt = None
 
     def _leave_turn(self) -> None:
-        # Not asked for before: an exception may have struck right after it was taken.
-        with suppress(RuntimeError):  # not taken
+        # Tried without a flag that says whether it is held: an exception may have struck after the
+        # turn was acquired and before such a flag was set.
+        with suppress(RuntimeError):  # this thread does not hold it
             self._run.turn.release()

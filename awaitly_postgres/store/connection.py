@@ -6,16 +6,20 @@ own, and what is changed of its session is changed back.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Mapping
+from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
 
 Connection = psycopg.Connection[Any]
 Row = tuple[Any, ...]
 
+_STOP_TIMEOUT = 2.0  # seconds for a statement to end
 _NOT_ISOLATED = ("read committed", "read uncommitted")
 
 # What the server has told of a session. Both follow from how the connection was set up, so each is
@@ -59,6 +63,40 @@ def execute(
     cursor = psycopg.Cursor(conn, row_factory=tuple_row)
     cursor.execute(statement, params, prepare=prepare)
     return cursor.rowcount
+
+
+# -- stopping --------------------------------------------------------------------------------
+
+
+def is_clean(conn: Connection) -> bool:
+    """Tell whether no transaction is open, in the server or in psycopg's book-keeping."""
+    status = conn.pgconn.transaction_status
+    if status == TransactionStatus.UNKNOWN:
+        return True  # closed: the pool sees to it
+    return status == TransactionStatus.IDLE and not getattr(conn, "_num_transactions", 0)
+
+
+def stop(conn: Connection) -> None:
+    """Close a connection in whose use an exception out of a signal handler has struck.
+
+    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing comes
+    to an end first, stopped or committed, lest it be done after what follows here: a lease would be
+    taken after it was given back.
+    """
+    pg, give_up_at = conn.pgconn, time.monotonic() + _STOP_TIMEOUT
+    try:
+        with DefaultSelector() as selector:
+            selector.register(pg.socket, EVENT_READ)
+            while pg.transaction_status == TransactionStatus.ACTIVE:
+                if (left := give_up_at - time.monotonic()) <= 0:
+                    break
+                conn.cancel_safe(timeout=left)  # again: in vain before the statement has begun
+                selector.select(0.1)
+                pg.consume_input()
+                while not pg.is_busy() and pg.get_result() is not None:
+                    pass
+    finally:
+        conn.close()
 
 
 # -- isolation -----------------------------------------------------------------------------

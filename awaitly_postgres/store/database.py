@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import psycopg
@@ -19,7 +19,13 @@ from psycopg import errors as pg
 from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
 
 from ..errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
-from .connection import Connection, Row, execute, fetch, is_isolated, set_own_level
+from .connection import (
+    Connection,
+    Row,
+    execute,
+    fetch,
+    is_isolated,
+)
 from .pool import PATIENCE, Pool
 from .statements import Statements
 
@@ -71,22 +77,23 @@ class Database:
         started, backoff = time.monotonic(), None
         while True:
             try:
-                with self._borrow() as pooled:
-                    self._make_tables_at_first(pooled)
-                    return work(pooled)
+                return self._lend(work)
             except (psycopg.Error, UnicodeEncodeError) as error:
                 if backoff is None:
                     patience = self.retry_for if retry_for is None else retry_for
-                    backoff = _Backoff(started + patience)
-                self._pause_or_raise(error, backoff)
+                    backoff = Backoff(started + patience)
+                self.pause_or_raise(error, backoff)
 
     def run_apart(self, work: Callable[[Connection], T]) -> T:
         """Like `run`, on a connection of its own that is closed afterwards."""
-        backoff = _Backoff(time.monotonic() + self.retry_for)
+        backoff = Backoff(time.monotonic() + self.retry_for)
         while True:
             try:
-                with self.pool.connect() as conn:
+                conn = self.pool.new_connection()
+                try:
                     return work(conn)
+                finally:
+                    conn.close()
             except psycopg.Error as error:
                 if not _is_transient(error) or not backoff.pause():
                     raise self._translate(error) from error
@@ -142,46 +149,21 @@ class Database:
                 return bool(status == "committed")
             time.sleep(0.05)
 
-    @contextmanager
-    def transaction(
-        self, opener: Callable[[], AbstractContextManager[Connection]] | None = None
-    ) -> Iterator[Connection]:
-        """Open one transaction, which commits when it closes; only opening it is tried again.
+    def _lend(self, work: Callable[[Connection], T]) -> T:
+        def with_tables(conn: Connection) -> T:
+            self.make_tables_at_first(conn)
+            return work(conn)
 
-        ``opener`` gives a connection inside a transaction; by default a pooled one. Errors of the
-        block and of the commit pass through as they are.
-        """
-        backoff = _Backoff(time.monotonic() + self.retry_for)
-        while True:
-            opened = False
-            try:
-                with (opener or self._transaction)() as conn:
-                    opened = True
-                    yield conn
-                return
-            except psycopg.Error as error:
-                if opened:
-                    raise
-                self._pause_or_raise(error, backoff)
+        return self.pool.lend(with_tables, self.patience)
 
-    @contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        with self._borrow() as conn:
-            self._make_tables_at_first(conn)
-            with conn.transaction():
-                set_own_level(conn)
-                yield conn
-
-    def _borrow(self) -> AbstractContextManager[Connection]:
-        return self.pool.borrow(min(PATIENCE, self.retry_for) or PATIENCE)
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for a pooled connection before looking what is wrong."""
+        return min(PATIENCE, self.retry_for) or PATIENCE
 
     def isolates(self, conn: Connection) -> bool:
         """Tell whether the transaction on ``conn`` sees the rows as they were when it began."""
         return is_isolated(conn)
-
-    def abandon(self, conn: Connection | None) -> None:
-        """Close a connection that an interrupt has kept this thread from giving back."""
-        self.pool.abandon(conn)
 
     def new_connection(self) -> Connection:
         """Connect as the pool does, in autocommit mode."""
@@ -212,7 +194,7 @@ class Database:
         if (lost := driver_error(error)) is not None:
             self._recover(lost)
 
-    def _pause_or_raise(self, error: Exception, backoff: _Backoff) -> None:
+    def pause_or_raise(self, error: Exception, backoff: Backoff) -> None:
         if not self._recover(error) or not backoff.pause():
             raise self._translate(error) from error
 
@@ -283,7 +265,7 @@ class Database:
         missing = [name for name, row in zip(names, found, strict=True) if not row[1]]
         return missing, not missing and all(row[2] for row in found)
 
-    def _make_tables_at_first(self, conn: Connection) -> None:
+    def make_tables_at_first(self, conn: Connection) -> None:
         # Threads that meet here may all do it: what one has made, the others find.
         if self._auto_create and not self._tables_seen:
             self._create_missing(conn)
@@ -326,7 +308,7 @@ class Database:
 
 
 @define
-class _Backoff:
+class Backoff:
     """Pauses between tries: none after the first failure, then longer and out of step."""
 
     _give_up_at: float  # by the monotonic clock

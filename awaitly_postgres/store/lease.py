@@ -10,15 +10,18 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
+from typing import Any
 
 from attrs import define, field
 
 from .._checks import check_ttl, moment
-from ..errors import AlreadyRunning
+from ..errors import AlreadyRunning, AwaitlyError
 from .database import Connection, Database, Row, execute, fetch
 
 DEFAULT_TTL = 60.0  # seconds
+RELEASE_TIMEOUT = 2.0  # seconds to give a lease back in, where its caller has waited already
 
 
 @define(eq=False)
@@ -46,7 +49,7 @@ class Lease:
 
     def release(self) -> None:
         """Give the lease back. Does nothing if it is lost already."""
-        self._release(None)
+        release(self._db, self.params)
 
     def held(self) -> bool:
         """Ask the server whether the lease still stands."""
@@ -56,11 +59,6 @@ class Lease:
     def params(self) -> dict[str, str]:
         """What a fenced statement needs to name this lease."""
         return {"id": self._key, "token": self.token}
-
-    def _release(self, retry_for: float | None) -> None:
-        # May be repeated: it deletes the row of this token, and no later holder has the same.
-        statement = self._db.sql.release
-        self._db.run(lambda conn: execute(conn, statement, self.params), retry_for=retry_for)
 
     def _renew(self, ttl: float) -> bool:
         params = {**self.params, "ttl": ttl}
@@ -100,4 +98,21 @@ def acquire(db: Database, id: str, key: str, ttl: float, token: str | None = Non
                 raise AlreadyRunning(id, rows[0][0], moment(rows[0][1]))
             # Taken when we asked for it, and released before we asked by whom.
 
-    return Lease(id, token, moment(db.run(take)), ttl, key, db)
+    try:
+        return Lease(id, token, moment(db.run(take)), ttl, key, db)
+    except AwaitlyError:
+        raise
+    except BaseException:
+        # Out of a signal handler. The statement may have been carried out, and nobody else knows
+        # the token that the lease then has.
+        with suppress(AwaitlyError):
+            release(db, params, RELEASE_TIMEOUT)
+        raise
+
+
+def release(db: Database, params: dict[str, Any], retry_for: float | None = None) -> None:
+    """Give back the lease that has this token, trying for so many seconds (default: the store's).
+
+    May be repeated: no later holder has the same token.
+    """
+    db.run(lambda conn: execute(conn, db.sql.release, params), retry_for=retry_for)

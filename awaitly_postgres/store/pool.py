@@ -7,14 +7,15 @@ translate, and catches them only where a connection is given up anyway.
 
 from __future__ import annotations
 
+import _thread
 import os
-import threading
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from threading import Lock
-from typing import Any
+from traceback import clear_frames
+from typing import Any, TypeVar
 
 import psycopg
 from attrs import define, field
@@ -25,10 +26,14 @@ from .._checks import check_limit
 from ..errors import StoreError
 from .connection import (
     Connection,
+    is_clean,
     set_own_default_level,
     set_read_committed,
     set_up_prepared_statements,
+    stop,
 )
+
+T = TypeVar("T")
 
 CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
 PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
@@ -43,10 +48,7 @@ class Pool(ABC):
     _pool: ConnectionPool[Any] | None = field(default=None, init=False, repr=False)
     _closed: bool = field(default=False, init=False)
     _inherited: bool = field(default=False, init=False)
-    # Each connection that is lent, and the thread it is lent to.
-    _lent: weakref.WeakKeyDictionary[Connection, int] = field(
-        factory=weakref.WeakKeyDictionary, init=False, repr=False
-    )
+    _loans: weakref.WeakSet[Loan] = field(factory=weakref.WeakSet, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         _pools.add(self)
@@ -74,55 +76,30 @@ class Pool(ABC):
 
     # -- lending ---------------------------------------------------------------------------
 
-    @contextmanager
-    def borrow(self, timeout: float) -> Iterator[Connection]:
-        """Lend a connection in autocommit mode and at READ COMMITTED, within so many seconds."""
-        pool = self.opened()
-        conn = pool.getconn(timeout=timeout)
-        autocommit = True
-        try:
-            self.has_worked = True
-            self._lent[conn] = threading.get_ident()
-            autocommit = conn.autocommit
-            if not autocommit:
-                conn.autocommit = True
-            if not isinstance(conn, _OwnConnection):  # which is set up like this for good
-                set_read_committed(conn)
-            yield conn
-        finally:
-            if not _is_clean(conn):
-                _stop(conn)
-            else:
-                with suppress(psycopg.Error):  # broken: the pool will see it, too
-                    if not isinstance(conn, _OwnConnection):
-                        set_own_default_level(conn)
-                    if not autocommit:
-                        conn.autocommit = False
-            pool.putconn(conn)
-            # Last: while it is on its way it is still ours, in a forked child too. Another thread
-            # may have been lent it since.
-            if self._lent.get(conn) == threading.get_ident():
-                del self._lent[conn]
+    def lend(self, work: Callable[[Connection], T], timeout: float) -> T:
+        """Run ``work`` on a connection in autocommit mode, waiting so many seconds for one.
 
-    def abandon(self, conn: Connection | None) -> None:
-        """Close a connection that an interrupt has kept this thread from giving back."""
-        if conn is not None and self._lent.get(conn) == threading.get_ident():
-            _stop(conn)
-            with suppress(ValueError):  # it is on its way back already
-                self.opened().putconn(conn)
-            self._lent.pop(conn, None)
-
-    @contextmanager
-    def connect(self) -> Iterator[Connection]:
-        """Open a connection of its own, for what must not wait for one of the pool."""
-        conn = self.new_connection()
+        No context manager: an exception out of a signal handler may strike after one is entered
+        and before its block is, or before it is left.
+        """
+        loan = self.loan()
         try:
-            yield conn
-        finally:
-            conn.close()
+            try:
+                return work(loan.take(timeout))
+            finally:
+                loan.give_back()
+        except BaseException:
+            loan.give_back()  # in case the exception has struck before or in the line above
+            raise
+
+    def loan(self) -> Loan:
+        """Return a loan, with which a connection is taken and given back."""
+        loan = Loan(self.opened(), self)
+        self._loans.add(loan)  # before there is anything to lose
+        return loan
 
     def new_connection(self) -> Connection:
-        """Connect as the pool does, in autocommit mode."""
+        """Connect as the pool does, for what must not wait for a connection of the pool."""
         pool = self.opened()
         conninfo = pool.conninfo() if callable(pool.conninfo) else pool.conninfo
         kwargs = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
@@ -168,22 +145,17 @@ class Pool(ABC):
 
     def _leave_to_the_parent(self) -> None:
         """In a forked child, let go of what the parent goes on using."""
-        self._disconnect()
+        # A step that forks leaves the child inside its transaction, which it would roll back, on a
+        # connection that is shared. Its descriptor then leads to nowhere; the parent's is another.
+        for loan in list(self._loans):
+            with suppress(OSError, psycopg.Error):
+                if loan.conn is not None:
+                    nowhere = os.open(os.devnull, os.O_RDWR)
+                    os.dup2(nowhere, loan.conn.fileno())
+                    os.close(nowhere)
+        self._loans = weakref.WeakSet()
         self.has_worked = False
         self._inherited = self._inherited or (self._pool is not None and not self._pool.closed)
-
-    def _disconnect(self) -> None:
-        """Keep the parent's sockets from being written to.
-
-        A step that forks leaves the child inside its transaction, which the child would roll back,
-        on the connection it shares. Its descriptor then leads to nowhere; the parent's is another.
-        """
-        for conn in list(self._lent):
-            with suppress(OSError, psycopg.Error):
-                nowhere = os.open(os.devnull, os.O_RDWR)
-                os.dup2(nowhere, conn.fileno())
-                os.close(nowhere)
-        self._lent = weakref.WeakKeyDictionary()
 
 
 @define(eq=False)
@@ -246,10 +218,10 @@ class OwnPool(Pool):
         home = weakref.ref(self)  # the pool keeps its configuration, and would keep us alive
 
         def configure(conn: _OwnConnection) -> None:
-            conn.home = home
             set_read_committed(conn)
             if "prepare_threshold" not in kwargs:
                 set_up_prepared_statements(conn)
+            conn.home = home  # last: one that cannot be set up, the pool replaces by itself
 
         pool: ConnectionPool[Any] = ConnectionPool(
             conninfo,
@@ -282,6 +254,64 @@ class OwnPool(Pool):
         super()._leave_to_the_parent()
 
 
+@define(eq=False)
+class Loan:
+    """One connection from being taken out of a pool to being given back, by one thread."""
+
+    _pool: ConnectionPool[Any]
+    _lender: Pool
+    conn: Connection | None = None
+    _autocommit: bool = True
+    _on_its_way: bool = False
+
+    def take(self, timeout: float) -> Connection:
+        """Get a connection, at READ COMMITTED and in autocommit mode."""
+        try:
+            conn: Connection = self._pool.getconn(timeout=timeout)
+        except BaseException as error:
+            # One that the pool had in hand would live as long as the traceback. Let go of, it finds
+            # its way back at once: it may be the only one, and a lease is to be given back.
+            clear_frames(error.__traceback__)
+            raise
+        self.conn = conn  # nothing can strike between the two: neither calls anything
+        self._lender.has_worked = True
+        self._autocommit = conn.autocommit
+        if not self._autocommit:
+            conn.autocommit = True
+        if not isinstance(conn, _OwnConnection):  # which is set up like this for good
+            set_read_committed(conn)
+        return conn
+
+    def give_back(self) -> None:
+        """Give the connection back, if that is not done already."""
+        conn = self.conn
+        if conn is None:
+            return
+        if self._on_its_way:
+            # Struck inside the pool: either it is in there, where another thread may have got hold
+            # of it, or nobody has it, and it finds its way back as soon as we let go of it.
+            self.conn = None
+            return
+        with suppress(psycopg.Error):  # broken: the pool will see it, too
+            if not is_clean(conn):
+                stop(conn)
+            else:
+                if not isinstance(conn, _OwnConnection):
+                    set_own_default_level(conn)
+                if not self._autocommit:
+                    conn.autocommit = False
+        closed, self._on_its_way = conn.closed, True
+        try:
+            self._pool.putconn(conn)
+        except BaseException as error:
+            clear_frames(error.__traceback__)
+            raise
+        if closed:
+            # Replaced already. The pool leaves its mark on it, and by that it would pass for lost.
+            conn._pool = None
+        self.conn = None  # last: on its way it is still ours, in a forked child too
+
+
 class _OwnConnection(psycopg.Connection[Any]):
     """Finds its way back to the pool.
 
@@ -298,32 +328,20 @@ class _OwnConnection(psycopg.Connection[Any]):
         # One that went back has no ``_pool``, one that the pool has discarded is closed besides.
         lost = getattr(self, "pgconn", None) and (self._pool is pool or not self.closed)
         if pool and not pool.closed and lost:
-            self.close()  # nobody knows in which state it is; the pool replaces it
-            self._pool = pool
-            # In another thread: this one may be anywhere, the pool's own locks included.
-            with suppress(RuntimeError):  # at the end of the process
-                threading.Thread(target=pool.putconn, args=(self,), daemon=True).start()
+            # In another thread: this one may be anywhere, the pool's own locks included. And by one
+            # call, for an exception that strikes here is swallowed, and the connection lost.
+            try:  # noqa: SIM105 - which is Python's code, to be struck in
+                _thread.start_new_thread(self._replace, (pool,))
+            except RuntimeError:  # at the end of the process
+                pass
         else:
             super().__del__(*args)
 
-
-def _is_clean(conn: Connection) -> bool:
-    status = conn.pgconn.transaction_status
-    if status == psycopg.pq.TransactionStatus.UNKNOWN:
-        return True  # closed: the pool sees to it
-    nested = getattr(conn, "_num_transactions", 0)
-    return status == psycopg.pq.TransactionStatus.IDLE and not nested
-
-
-def _stop(conn: Connection) -> None:
-    """Close a connection in whose use an exception out of a signal handler has struck.
-
-    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing is
-    stopped first, lest it be done after what follows here.
-    """
-    with suppress(psycopg.Error):
-        conn.cancel_safe(timeout=PATIENCE)
-    conn.close()
+    def _replace(self, pool: ConnectionPool[Any]) -> None:
+        self.close()  # nobody knows in which state it is; the pool opens another
+        self._pool = pool
+        pool.putconn(self)
+        self._pool = None
 
 
 def _parse(conninfo: str) -> dict[str, Any]:

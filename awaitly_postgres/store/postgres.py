@@ -54,12 +54,7 @@ def postgres(
     Example:
         >>> store = postgres("postgresql://localhost/mydb", prefix="orders:")
     """
-    if (url is None) == (pool is None):
-        raise TypeError("give either a url or a pool")
-    if url is not None and not isinstance(url, str):
-        raise TypeError(f"url must be a string, not {type(url).__name__}")
-    if pool is not None and not isinstance(pool, (ConnectionPool, Pool)):
-        raise TypeError(f"pool must be a psycopg_pool.ConnectionPool, not {type(pool).__name__}")
+    _check_source(url, pool)
     if prefix:
         check_id(prefix, "prefix")
     if retry_for < 0:
@@ -78,6 +73,15 @@ def postgres(
         conninfo = _start_embedded if url == "embedded" else url or ""
         pool = OwnPool(conninfo, min_size, max_size, dict(kwargs or {}))
     return SnapshotStore(Database(sql, pool, auto_create_table, float(retry_for)), prefix)
+
+
+def _check_source(url: object, pool: object) -> None:
+    if (url is None) == (pool is None):
+        raise TypeError("give either a url or a pool")
+    if url is not None and not isinstance(url, str):
+        raise TypeError(f"url must be a string, not {type(url).__name__}")
+    if pool is not None and not isinstance(pool, (ConnectionPool, Pool)):
+        raise TypeError(f"pool must be a psycopg_pool.ConnectionPool, not {type(pool).__name__}")
 
 
 def _start_embedded() -> str:

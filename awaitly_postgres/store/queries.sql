@@ -539,6 +539,27 @@ released AS (
 )
 SELECT 1 FROM cancelled
 
+-- name: rewind
+-- Takes a run back to an earlier step: replaces the document, empties the journal and releases the
+-- lease that was taken to read the run, all or nothing. Signals are kept as in keep_signals, except
+-- those of the forgotten steps, whose waits can be answered again. A second try would find no
+-- lease, so it is sent in a transaction whose outcome is looked up after a lost reply; see
+-- Database.told.
+WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
+, swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
+UPDATE {snapshots} SET
+    updated_at = clock_timestamp(),
+    snapshot = CASE
+        WHEN jsonb_typeof(snapshot->'metadata'->'signals') = 'object' THEN jsonb_set(
+            %(snapshot)s::jsonb,
+            '{metadata,signals}',
+            (snapshot->'metadata'->'signals') - %(forgotten)s::text[]
+        )
+        ELSE %(snapshot)s::jsonb
+    END
+WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
+RETURNING 1
+
 -- name: signal
 -- Puts a value where step.wait(key) looks for it, without the lease; keep_signals keeps it
 -- there. The first signal for a key stays. A run that is completed or cancelled takes none.
@@ -593,41 +614,6 @@ WHERE TRUE
         < (%(after_time)s::timestamptz, %(after_id)s::text)  -- if after_time
 ORDER BY updated_at DESC, id COLLATE "C" DESC
 LIMIT %(limit)s::bigint
-
--- name: details
--- For the CLI and the admin: each run with its number of steps, metadata without the payloads,
--- and whoever holds its lease. The newest Node releases store the steps as an array of pairs.
-SELECT
-    s.id,
-    COALESCE({status}, 'running'),
-    to_char(updated_at AT TIME ZONE 'UTC', {iso}),
-    (
-        SELECT count(*) FROM (
-            SELECT jsonb_object_keys(
-                CASE
-                    WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'
-                    ELSE '{}'
-                END
-            )
-            UNION SELECT pair->>0 FROM jsonb_array_elements(
-                CASE
-                    WHEN jsonb_typeof(snapshot->'steps') = 'array' THEN snapshot->'steps'
-                    ELSE '[]'
-                END
-            ) AS pair
-            UNION SELECT key FROM {journal} j WHERE j.id = s.id  -- if journal
-        ) AS recorded
-    ),
-    CASE
-        WHEN jsonb_typeof(snapshot->'metadata') = 'object'
-        THEN ((snapshot->'metadata') - 'input' - 'output' - 'failure')::text
-    END,
-    split_part(l.owner_token, '#', 1),
-    to_char(l.expires_at AT TIME ZONE 'UTC', {iso}),
-    to_char(clock_timestamp() AT TIME ZONE 'UTC', {iso})
-FROM {snapshots} s
-LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
-WHERE s.id = ANY(%(ids)s::text[])
 
 -- fragment: has_got_further -- if journal
 -- The journal is empty when a start begins (take_up folds it). So a step in it that succeeded
@@ -698,6 +684,102 @@ WHERE {unfinished}
     AND (updated_at, id COLLATE "C")                           -- if behind_time
         > (%(behind_time)s::timestamptz, %(behind_id)s::text)  -- if behind_time
     AND {is_of_workflows}                                      -- if workflows
+ORDER BY updated_at, id COLLATE "C"
+LIMIT %(limit)s::bigint
+
+-- fragment: state
+-- Where a run stands, in one word; RunInfo says what each means. It wants the lease, if there is
+-- one, joined as l. What no Durable has stored has no workflow, and is not tried again by itself.
+-- A start counts, and sets a pause, before it runs: whatever is not due, and waits for nothing, has
+-- been started and has died, unless it was accepted for a later time and not started yet.
+CASE
+    WHEN {status} = 'completed' THEN 'completed'
+    WHEN snapshot->'metadata'->'cancelledAt' IS NOT NULL THEN 'cancelled'
+    WHEN l.workflow_id IS NOT NULL THEN 'running'
+    WHEN {status} = 'failed' THEN
+        CASE
+            WHEN snapshot->'metadata'->'gaveUpAt' IS NULL
+                AND jsonb_typeof(snapshot->'metadata'->'workflow') = 'string'
+            THEN 'retrying'
+            ELSE 'failed'
+        END
+    WHEN {is_due} THEN 'pending'
+    WHEN COALESCE(NULLIF(snapshot->'metadata'->'waits', '{}'), 'null') <> 'null' THEN 'waiting'
+    WHEN COALESCE(snapshot->'metadata'->'attempts', '0') = '0' THEN 'waiting'
+    ELSE 'retrying'
+END
+
+-- fragment: run_columns
+-- One run as RunInfo reads it: without payloads, which may be large. The newest Node releases
+-- store the steps as an array of pairs.
+    s.id,
+    COALESCE({status}, 'running'),
+    {state},
+    to_char(updated_at AT TIME ZONE 'UTC', {iso}),
+    (
+        SELECT count(*) FROM (
+            SELECT jsonb_object_keys(
+                CASE
+                    WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'
+                    ELSE '{}'
+                END
+            )
+            UNION SELECT pair->>0 FROM jsonb_array_elements(
+                CASE
+                    WHEN jsonb_typeof(snapshot->'steps') = 'array' THEN snapshot->'steps'
+                    ELSE '[]'
+                END
+            ) AS pair
+            UNION SELECT key FROM {journal} j WHERE j.id = s.id  -- if journal
+        ) AS recorded
+    ),
+    CASE
+        WHEN jsonb_typeof(snapshot->'metadata') = 'object'
+        THEN ((snapshot->'metadata') - '{input,output,failure,signals}'::text[])::text
+    END,
+    split_part(l.owner_token, '#', 1),
+    to_char(l.expires_at AT TIME ZONE 'UTC', {iso}),
+    to_char(clock_timestamp() AT TIME ZONE 'UTC', {iso})
+
+-- name: runs
+-- A page of runs for people to look at, newest first, or the runs with these ids. A state of
+-- unfinished runs is looked for along their partial index, which is small; the planner sees that
+-- only because the condition of that index stands beside.
+SELECT {run_columns}
+FROM {snapshots} s
+LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
+WHERE TRUE
+    AND s.id = ANY(%(ids)s::text[])                                 -- if ids
+    {and_in_range}
+    AND snapshot->'metadata'->>'workflow' = %(workflow)s::text      -- if workflow
+    AND snapshot->'metadata'->'custom' @> %(metadata)s::jsonb       -- if metadata
+    AND {unfinished} AND %(unfinished)s::bool                       -- if unfinished
+    AND {state} = %(state)s::text                                   -- if state
+    AND (updated_at, id COLLATE "C")                                -- if after_time
+        < (%(after_time)s::timestamptz, %(after_id)s::text)         -- if after_time
+ORDER BY updated_at DESC, id COLLATE "C" DESC
+LIMIT %(limit)s::bigint
+
+-- name: get
+-- One run with its document and its journal, as they are at one moment.
+SELECT {run_columns}, snapshot::text, {journaled_steps}
+FROM {snapshots} s
+LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
+WHERE s.id = %(id)s
+
+-- name: unfinished
+-- What check replays: the runs that a workflow will go on with, due or not and whoever holds
+-- them, the longest untouched first, page by page as in pending. A run that is written meanwhile
+-- moves to the end, and is listed again.
+SELECT id, COALESCE({status}, 'running'), to_char(updated_at AT TIME ZONE 'UTC', {iso})
+FROM {snapshots} s
+WHERE {unfinished}
+    AND COALESCE(jsonb_typeof(snapshot->'metadata'->'workflow') = 'string', false)
+    AND COALESCE(snapshot->'metadata'->'cancelledAt' IS NULL, true)
+    AND COALESCE(snapshot->'metadata'->'gaveUpAt' IS NULL, true)
+    {and_in_range}
+    AND (updated_at, id COLLATE "C")                           -- if behind_time
+        > (%(behind_time)s::timestamptz, %(behind_id)s::text)  -- if behind_time
 ORDER BY updated_at, id COLLATE "C"
 LIMIT %(limit)s::bigint
 

@@ -30,24 +30,34 @@ class _Renewer:
     # Weak, both: the thread keeps neither the store nor a lease alive.
     _db: weakref.ref[Database]
     _due: weakref.WeakKeyDictionary[Lease, float] = field(factory=weakref.WeakKeyDictionary)
-    _changed: threading.Condition = field(factory=threading.Condition)
+    # Taken by itself: a condition that takes its lock does so in Python, and an exception out of a
+    # signal handler that strikes there leaves it locked.
+    _lock: threading.RLock = field(factory=threading.RLock)
+    _changed: threading.Condition = field(init=False)
     _thread: threading.Thread | None = None
     _wakes_at: float = 0.0
 
+    def __attrs_post_init__(self) -> None:
+        self._changed = threading.Condition(self._lock)
+
     def keep(self, lease: Lease) -> None:
-        with self._changed:
+        with self._lock:
             due = self._due[lease] = time.monotonic() + lease.ttl / 3
-            if self._thread is None:
-                thread = threading.Thread(
+            # One that could not be started, or was struck by an interrupt, is not alive either.
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(
                     target=self._work, name="awaitly-lease-renewal", daemon=True
                 )
-                thread.start()  # may fail; the next lease then tries again
-                self._thread = thread
+                try:
+                    self._thread.start()
+                except KeyError as error:
+                    # What becomes in there of an exception that strikes when the thread is running.
+                    raise error.__context__ or error from None
             elif due < self._wakes_at:
                 self._changed.notify()
 
     def drop(self, lease: Lease) -> None:
-        with self._changed:
+        with self._lock:
             self._due.pop(lease, None)
 
     def _work(self) -> None:
@@ -66,7 +76,7 @@ class _Renewer:
                     kept = lease.renewed(rows)
                     if rows and rows[0][1] is not None:
                         pause = lease.ttl / 3
-                with self._changed:
+                with self._lock:
                     # Dropped meanwhile, it is not put back: its holder has released it, or is
                     # about to. A renewal that overtakes the release is deleted by it, and one that
                     # comes after it finds no row.
@@ -82,7 +92,7 @@ class _Renewer:
     def _next(self) -> Lease | None:
         """Wait for the first lease that is due; None when there has been none for a while."""
         idle = False
-        with self._changed:
+        with self._lock:
             while True:
                 lease = min(self._due, key=lambda kept: self._due[kept], default=None)
                 if lease is None and idle:

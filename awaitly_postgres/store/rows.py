@@ -7,6 +7,7 @@ it is due, is decided here and nowhere else.
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
@@ -15,16 +16,19 @@ from attrs import frozen
 
 from .. import _json
 from .._checks import check_id, moment
-from ..snapshot import STATUSES, WorkflowSnapshot, as_mapping
+from ..errors import NotSerializable, SnapshotFormatError
+from ..snapshot import OURS, STATUSES, WorkflowSnapshot, as_mapping
 
 __all__ = [
+    "STATES",
     "STATUSES",
-    "RunRow",
+    "RunInfo",
     "SnapshotInfo",
     "State",
-    "StepRow",
+    "StepInfo",
     "StoreStats",
     "check_id",
+    "check_state",
     "elide",
     "elide_steps",
     "is_input",
@@ -35,6 +39,8 @@ __all__ = [
 ]
 
 State = Literal["pending", "running", "waiting", "retrying", "completed", "failed", "cancelled"]
+
+STATES: tuple[State, ...] = typing.get_args(State)
 
 _NEVER = 9999  # the year of a wakeAt that only a signal ends
 _FEW = 10  # first, last, longest and failed steps that are shown of many
@@ -59,77 +65,127 @@ class StoreStats:
 
 
 @frozen
-class RunRow:
-    """One stored run without its values, as it was at ``now`` by the server's clock.
+class StepInfo:
+    """One recorded step.
 
-    ``metadata`` lacks the input, the output and the failure. ``holder`` is the token of the lease,
-    and ``held_until`` its end; both are None when nobody holds it.
+    ``state`` is ``"completed"`` or ``"failed"``; ``duration`` is in seconds; both times are None if
+    nobody measured them. ``value`` is JSON as stored. Of a failed step, ``error`` is the exception,
+    rebuilt (by `Durable.get` only), ``traceback`` its text, and ``cause`` and ``stored_error`` the
+    JSON they are made of.
     """
 
-    id: str
-    status: str
-    updated_at: datetime
-    step_count: int
-    metadata: Mapping[str, Any]
-    holder: str | None
-    held_until: datetime | None
-    now: datetime
+    key: str
+    state: Literal["completed", "failed"]
+    started_at: datetime | None
+    duration: float | None
+    value: Any = None
+    error: BaseException | None = None
+    traceback: str | None = None
+    cause: Any = None
+    stored_error: Any = None
+    seq: float = float("inf")
 
     @classmethod
-    def from_columns(cls, columns: Sequence[Any], prefix: str) -> RunRow:
-        """Read what the statement ``details`` returns, and take the store's prefix off the id."""
-        key, status, updated_at, step_count, metadata, holder, until, now = columns
+    def from_json(cls, key: str, step: Mapping[str, Any]) -> StepInfo:
+        """Read the JSON of a step, whoever wrote it."""
+        meta = as_mapping(step.get("meta"))
+        milliseconds = meta.get("durationMs")
         return cls(
-            id=key[len(prefix) :],
-            status=status,
-            updated_at=moment(updated_at),
-            step_count=step_count,
-            metadata=_json.loads(metadata) if metadata else {},
-            holder=holder,
-            held_until=None if holder is None else moment(until),
-            now=moment(now),
+            key=key,
+            state="completed" if step.get("ok") else "failed",
+            started_at=read_time(meta.get("startedAt")),
+            duration=None if milliseconds is None else _number(milliseconds) / 1000,
+            value=step.get("value"),
+            traceback=_text(as_mapping(step.get("cause")).get("stack")),
+            cause=step.get("cause"),
+            stored_error=step.get("error"),
+            seq=_number(meta.get("seq")) or float("inf"),
         )
 
     @property
-    def state(self) -> State:
-        """Where it stands, in one word."""
-        if self.status == "completed":
-            return "completed"
-        if "cancelledAt" in self.metadata:
-            return "cancelled"
-        if self.holder is not None:
-            return "running"
-        if self.status == "failed":
-            # What no Durable has stored is not tried again by itself.
-            return "failed" if self.workflow is None else "retrying"
-        if self.is_due:
-            return "pending"
-        # A start counts, and sets a pause, before it runs: this one has died.
-        return "waiting" if self.waits_for else "retrying"
+    def ok(self) -> bool:
+        """Whether it completed."""
+        return self.state == "completed"
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, as far as anybody measured."""
+        return self.duration or 0.0
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it failed, and why that, nearest first; nothing if it did not fail."""
+        if self.ok:
+            return ()
+        return reasons(self.cause) or (json.dumps(self.stored_error, ensure_ascii=False),)
+
+
+@frozen
+class RunInfo:
+    """One stored run, as it was at ``seen_at`` by the server's clock.
+
+    ``state`` is one of
+
+    - ``"pending"``: accepted, or its process died, and it is due;
+    - ``"running"``: somebody holds its lease, ``holder``, until ``held_until`` unless renewed;
+    - ``"waiting"``: for a time, or for a signal to one of ``waits_for``;
+    - ``"retrying"``: it failed or died, and is tried again at ``next_at``;
+    - ``"completed"``, ``"failed"`` (for good), ``"cancelled"``.
+
+    ``attempts`` counts the starts since it last got further. ``metadata`` is what the user gave.
+    `Durable.get` tells the ``result``, the ``error`` (the exception, rebuilt), its ``traceback``
+    and the ``steps`` as well; a listing does not read them.
+    """
+
+    id: str
+    workflow: str | None
+    version: int
+    state: State
+    attempts: int
+    next_at: datetime | None
+    waits_for: tuple[str, ...]
+    holder: str | None
+    held_until: datetime | None
+    updated_at: datetime
+    metadata: Mapping[str, Any]
+    step_count: int
+    status: str  # as stored
+    seen_at: datetime
+    result: Any = None
+    error: BaseException | None = None
+    traceback: str | None = None
+    steps: Sequence[StepInfo] = ()
+
+    @classmethod
+    def from_columns(cls, columns: Sequence[Any], prefix: str) -> RunInfo:
+        """Read the columns ``run_columns``, and take the store's prefix off the id."""
+        key, status, state, updated_at, step_count, text, holder, until, now = columns
+        metadata = _json.loads(text) if text else {}
+        name, version = metadata.get("workflow"), metadata.get("version")
+        wake_at = read_time(metadata.get("wakeAt"))
+        ended = state in ("completed", "failed", "cancelled")
+        return cls(
+            id=key[len(prefix) :],
+            workflow=name if isinstance(name, str) else None,
+            version=int(_number(version)) or 1,
+            state=state,
+            attempts=int(_number(metadata.get("attempts"))),
+            next_at=None if ended or wake_at is None or wake_at.year == _NEVER else wake_at,
+            waits_for=() if ended else tuple(as_mapping(metadata.get("waits"))),
+            holder=holder,
+            held_until=None if holder is None else moment(until),
+            updated_at=moment(updated_at),
+            metadata=_of_the_user(metadata),
+            step_count=step_count,
+            status=status,
+            seen_at=moment(now),
+        )
 
     @property
     def is_due(self) -> bool:
-        """Whether nothing that it waits for is outstanding: no time and no answer."""
-        wake_at = read_time(self.metadata.get("wakeAt"))
-        signals = as_mapping(self.metadata.get("signals"))
-        return wake_at is None or wake_at <= self.now or any(k in signals for k in self.waits_for)
-
-    @property
-    def next_at(self) -> datetime | None:
-        """The time from which it is due; None if none is set, or only an answer can wake it."""
-        wake_at = read_time(self.metadata.get("wakeAt"))
-        return None if wake_at is None or wake_at.year == _NEVER else wake_at
-
-    @property
-    def waits_for(self) -> tuple[str, ...]:
-        """The keys of the waits and sleeps in which it has suspended itself."""
-        return tuple(as_mapping(self.metadata.get("waits")))
-
-    @property
-    def workflow(self) -> str | None:
-        """The name of its workflow function; None if it was saved by hand or by Node."""
-        name = self.metadata.get("workflow")
-        return name if isinstance(name, str) else None
+        """Whether it would be taken up now, if nobody holds it."""
+        due = self.next_at is None or self.next_at <= self.seen_at
+        return self.state == "pending" or (self.state == "retrying" and due)
 
     @property
     def held_by(self) -> str:
@@ -140,48 +196,19 @@ class RunRow:
     @property
     def age(self) -> float:
         """Seconds since it was last written."""
-        return (self.now - self.updated_at).total_seconds()
+        return (self.seen_at - self.updated_at).total_seconds()
 
 
-@frozen
-class StepRow:
-    """One recorded step. ``started_at`` is None if nobody measured it; ``seconds`` is then 0."""
-
-    key: str
-    ok: bool
-    value: Any
-    error: Any
-    cause: Any
-    started_at: datetime | None
-    seconds: float
-    seq: float
-
-    @classmethod
-    def from_json(cls, key: str, step: Mapping[str, Any]) -> StepRow:
-        """Read the JSON of a step, whoever wrote it."""
-        meta = as_mapping(step.get("meta"))
-        return cls(
-            key=key,
-            ok=bool(step.get("ok")),
-            value=step.get("value"),
-            error=step.get("error"),
-            cause=step.get("cause"),
-            started_at=read_time(meta.get("startedAt")),
-            seconds=_number(meta.get("durationMs")) / 1000,
-            seq=_number(meta.get("seq")) or float("inf"),
-        )
-
-    @property
-    def reasons(self) -> tuple[str, ...]:
-        """Why it failed, and why that, nearest first; nothing if it did not fail."""
-        if self.ok:
-            return ()
-        return reasons(self.cause) or (json.dumps(self.error, ensure_ascii=False),)
+def check_state(state: str | None) -> str | None:
+    """Return ``state`` if it is one of the seven words, or None; else raise ValueError."""
+    if state is not None and state not in STATES:
+        raise ValueError(f"state must be one of {', '.join(STATES)}, not {state!r}")
+    return state
 
 
-def steps_of(snapshot: WorkflowSnapshot) -> list[StepRow]:
+def steps_of(snapshot: WorkflowSnapshot) -> list[StepInfo]:
     """Return the steps in the order in which they began, those that nobody measured last."""
-    steps = [StepRow.from_json(*item) for item in snapshot.to_json()["steps"].items()]
+    steps = [StepInfo.from_json(*item) for item in snapshot.to_json()["steps"].items()]
     steps.sort(key=lambda step: step.seq)
     return sorted(steps, key=lambda s: s.started_at.timestamp() if s.started_at else float("inf"))
 
@@ -196,6 +223,33 @@ def reasons(failure: object) -> tuple[str, ...]:
             told.append(": ".join(str(part) for part in (name, message) if part))
         failure = failure.get("cause")
     return tuple(told)
+
+
+def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:
+    """Check a snapshot and write it as JSON text, before any connection is asked for."""
+    if isinstance(snapshot, Mapping):
+        snapshot = WorkflowSnapshot.from_json(snapshot)
+    if not isinstance(snapshot, WorkflowSnapshot):
+        raise TypeError(
+            "snapshot must be a WorkflowSnapshot or its JSON as a mapping, "
+            f"not {type(snapshot).__name__}"
+        )
+    try:
+        return _json.dumps(snapshot.to_json())
+    except NotSerializable as error:
+        raise NotSerializable(error.path, error.reason, f"the snapshot for {id!r}") from None
+
+
+def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot:
+    """Read a row: the snapshot, with the steps of its journal laid under it."""
+    try:
+        document = _json.loads(text)
+        appended = _json.loads(journal) if journal else {}
+    except (ValueError, RecursionError) as error:
+        raise SnapshotFormatError(id, [f"it cannot be decoded: {error}"]) from error
+    if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
+        document["steps"] = {**appended, **document["steps"]}
+    return WorkflowSnapshot.from_json(document, id=id)
 
 
 def is_input(value: object) -> bool:
@@ -233,7 +287,7 @@ def elide(text: str, most: int | None, sign: str = "…") -> str:
     return text if most is None or len(text) <= most else text[: most - len(sign)] + sign
 
 
-def elide_steps(steps: Sequence[StepRow], most: int) -> list[int]:
+def elide_steps(steps: Sequence[StepInfo], most: int) -> list[int]:
     """Return which of the steps to show: all, or of more than ``most`` the telling ones.
 
     Those are the first, the last, the failed, and the longest that matter.
@@ -248,5 +302,15 @@ def elide_steps(steps: Sequence[StepRow], most: int) -> list[int]:
     return sorted({*order[:_FEW], *order[-_FEW:], *longest, *failed})
 
 
+def _of_the_user(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what the user gave; Node and version 0.1 have it among what the library writes."""
+    beside = {name: value for name, value in metadata.items() if name not in OURS}
+    return {**beside, **as_mapping(metadata.get("custom"))}
+
+
 def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) and value > 0 else 0.0
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None

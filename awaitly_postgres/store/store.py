@@ -12,21 +12,19 @@ from typing import Any
 
 from attrs import define
 
-from .. import _json
 from .._checks import check_id, check_limit, check_status, moment
-from ..errors import AlreadyRunning, AwaitlyError, LeaseLost, NotSerializable, SnapshotFormatError
+from ..errors import AlreadyRunning, AwaitlyError, LeaseLost
 from ..snapshot import WorkflowSnapshot
 from . import lease, renewal
 from .database import Connection, Database, execute, fetch
 from .lease import DEFAULT_TTL, Lease
-from .rows import RunRow, SnapshotInfo, StoreStats
+from .rows import RunInfo, SnapshotInfo, StoreStats, decode_snapshot, encode_snapshot
 from .statements import Statements, filtered, prefix_bounds
 
 _PAGE = 500
 
-
 Infos = list[SnapshotInfo]  # inside the store, ``list`` is a method
-RunRows = list[RunRow]
+RunInfos = list[RunInfo]
 Rows = list[tuple[Any, ...]]
 
 
@@ -170,15 +168,16 @@ class SnapshotStore:
         # If it saw the values, the planner would expect few rows and sort all that is pending.
         return self._infos(self._sql.pending, params, custom_plan=False)
 
-    def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunRows:
+    def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunInfos:
         """Tell where these runs stand, in this order, without reading their values.
 
         What is not stored is left out. An id that could not be stored is none, and no error: a
         listing shows whatever the table holds.
         """
         keys = [self.prefix + id for id in ids]
-        found = {row[0]: row for row in self._db.rows(self._sql.details, {"ids": keys}, conn)}
-        return [RunRow.from_columns(found[k], self.prefix) for k in keys if k in found]
+        rows = self._listed(self._sql.runs, {"ids": keys, "limit": None}, conn)
+        found = {row[0]: RunInfo.from_columns(row, self.prefix) for row in rows}
+        return [found[key] for key in keys if key in found]
 
     def prune(
         self,
@@ -274,29 +273,35 @@ class SnapshotStore:
         Raises:
             AlreadyRunning: another holds it; says who, and until when.
         """
-        give_up_at = time.monotonic() + wait
-        while True:
-            try:
-                held = lease.acquire(self._db, id, self.key(id), ttl)
-                break
-            except AlreadyRunning:
-                left = give_up_at - time.monotonic()
-                if left <= 0:
-                    raise
-                time.sleep(min(left, 0.1))
-        renewal.keep_renewed(held)
-        holder = os.getpid()
+        give_up_at, holder = time.monotonic() + wait, os.getpid()
+        held: Lease | None = None
+        left = False
         try:
+            while held is None:
+                try:
+                    held = lease.acquire(self._db, id, self.key(id), ttl)
+                except AlreadyRunning:
+                    pause = min(give_up_at - time.monotonic(), 0.1)
+                    if pause <= 0:
+                        raise
+                    time.sleep(pause)
+            renewal.keep_renewed(held)
             yield held
-        except BaseException:
+            left = True
             renewal.stop_renewing(held)
             if os.getpid() == holder:  # a child forked inside the block leaves it as well
-                with suppress(AwaitlyError):  # what the block has raised matters more
-                    held.release()
+                held.release()
+        except BaseException:
+            # Of the block; or out of a signal handler, and then anywhere here. It matters more than
+            # what the release may raise, which may be a second one.
+            if held is not None:
+                renewal.stop_renewing(held)
+                if os.getpid() == holder:
+                    with suppress(AwaitlyError):
+                        lease.release(
+                            self._db, held.params, lease.RELEASE_TIMEOUT if left else None
+                        )
             raise
-        renewal.stop_renewing(held)
-        if os.getpid() == holder:
-            held.release()
 
     def revoke_lease(self, id: str, token: str) -> bool:
         """Take the lease on ``id`` from whoever holds it with ``token``; tell whether it was there.
@@ -350,10 +355,15 @@ class SnapshotStore:
         return [SnapshotInfo(id[skip:], status, moment(time)) for id, status, time in rows]
 
     def _listed(
-        self, statement: bytes, params: Mapping[str, Any], *, custom_plan: bool = True
+        self,
+        statement: bytes,
+        params: Mapping[str, Any],
+        conn: Connection | None = None,
+        *,
+        custom_plan: bool = True,
     ) -> Rows:
         # Which index is best depends on the prefix or the age at hand.
-        return self._db.rows(filtered(statement, params), params, custom_plan=custom_plan)
+        return self._db.rows(filtered(statement, params), params, conn, custom_plan=custom_plan)
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
         def work(conn: Connection) -> int:
@@ -364,30 +374,3 @@ class SnapshotStore:
 
         sql = self._sql
         return self._db.told(work)
-
-
-def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:
-    """Check a snapshot and write it as JSON text, before any connection is asked for."""
-    if isinstance(snapshot, Mapping):
-        snapshot = WorkflowSnapshot.from_json(snapshot)
-    if not isinstance(snapshot, WorkflowSnapshot):
-        raise TypeError(
-            "snapshot must be a WorkflowSnapshot or its JSON as a mapping, "
-            f"not {type(snapshot).__name__}"
-        )
-    try:
-        return _json.dumps(snapshot.to_json())
-    except NotSerializable as error:
-        raise NotSerializable(error.path, error.reason, f"the snapshot for {id!r}") from None
-
-
-def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot:
-    """Read a row: the snapshot, with the steps of its journal laid under it."""
-    try:
-        document = _json.loads(text)
-        appended = _json.loads(journal) if journal else {}
-    except (ValueError, RecursionError) as error:
-        raise SnapshotFormatError(id, [f"it cannot be decoded: {error}"]) from error
-    if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
-        document["steps"] = {**appended, **document["steps"]}
-    return WorkflowSnapshot.from_json(document, id=id)

@@ -1,1 +1,1 @@
-"""Steps and replay: needs no database and never loads psycopg."""
+"""Steps and replay. Needs no database and never loads psycopg."""

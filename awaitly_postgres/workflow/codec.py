@@ -1,4 +1,4 @@
-"""What is more than JSON: how values become JSON text for the store, and themselves again."""
+"""Codecs: how arguments and results become JSON text for the store, and are decoded again."""
 
 from __future__ import annotations
 
@@ -15,20 +15,39 @@ T = TypeVar("T")
 
 
 class Codec(Protocol):
-    """Turns values into JSON and back, for results that are more than JSON.
+    """Converts values to JSON and back, for arguments and results that are not plain JSON.
 
-    ``type`` is the step function's return annotation (``Any`` without one).
+    Any object with these two methods will do. What they raise becomes `NotSerializable` or
+    `SnapshotFormatError`.
+
+    Example:
+        >>> from datetime import date
+        >>> class Dates:
+        ...     def encode(self, value):
+        ...         return value.isoformat() if isinstance(value, date) else value
+        ...     def decode(self, json, type):
+        ...         return date.fromisoformat(json) if type is date else json
     """
 
     def encode(self, value: Any) -> Any:
-        """Return JSON: None, bool, int, float, str, list or dict with string keys."""
+        """Return ``value`` as JSON: None, bool, int, float, str, list or dict with string keys.
+
+        Args:
+            value: an argument of a workflow, or what a step or a workflow returned.
+        """
 
     def decode(self, json: Any, type: Any) -> Any:
-        """Return the value of ``type`` that ``json`` stands for."""
+        """Return the value that ``json`` stands for.
+
+        Args:
+            json: what `encode` returned, as the database gave it back.
+            type: the annotation of the parameter, or of the function's result; ``Any`` if there is
+                none.
+        """
 
 
 def encode(codec: Codec | None, value: Any, subject: str) -> str:
-    """Encode ``value`` for the store; raise `NotSerializable` that names ``subject``."""
+    """Return ``value`` as JSON text; raise a `NotSerializable` that names ``subject``."""
     try:
         if codec is not None:
             try:
@@ -45,7 +64,7 @@ def encode(codec: Codec | None, value: Any, subject: str) -> str:
 
 
 def decode(codec: Codec | None, value: Any, fn: Callable[..., T], id: str | None, where: str) -> T:
-    """Turn stored JSON back into what ``fn`` returns; the JSON itself without a codec."""
+    """Return stored JSON as what ``fn`` is annotated to return; without a codec, as it is."""
     if codec is None:
         return typing.cast(T, value)
     try:
@@ -55,7 +74,7 @@ def decode(codec: Codec | None, value: Any, fn: Callable[..., T], id: str | None
 
 
 def return_type(fn: Callable[..., Any]) -> Any:
-    """Return what ``fn`` is annotated to return, or ``Any``."""
+    """Return the return annotation of ``fn``, or ``Any``."""
     while isinstance(fn, functools.partial):
         fn = fn.func
     if isinstance(fn, type):
@@ -69,7 +88,7 @@ def return_type(fn: Callable[..., Any]) -> Any:
 def decode_input(
     codec: Codec | None, input: Any, fn: Callable[..., Any], id: str | None
 ) -> tuple[list[Any], dict[str, Any]]:
-    """Turn a recorded input back into the arguments that a workflow gets after its step."""
+    """Return the positional and keyword arguments, after the `Step`, of a recorded input."""
     args, kwargs = list(input["args"]), dict(input["kwargs"])
     if codec is None:
         return args, kwargs
@@ -83,7 +102,7 @@ def decode_input(
 
 
 def _parameter_types(fn: Callable[..., Any], count: int) -> tuple[Sequence[Any], dict[str, Any]]:
-    """Return the types of ``count`` positional parameters after the first, and all by name."""
+    """Return the types of ``count`` positional arguments after the `Step`, and all by name."""
     try:
         named = typing.get_type_hints(fn)
         parameters = list(inspect.signature(fn).parameters.values())[1:]

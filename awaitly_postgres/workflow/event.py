@@ -1,4 +1,4 @@
-"""What a run tells of itself, for logs, metrics and traces."""
+"""The events that a run reports, for logs, metrics and traces."""
 
 from __future__ import annotations
 
@@ -28,11 +28,20 @@ EventType = Literal[
 
 @frozen
 class Event:
-    """Something that happened in a run, for ``on_event``. ``duration`` is in seconds.
+    """Something that happened in a run, as passed to ``on_event``.
 
-    ``run_stopped`` is a run that ended without an end being recorded: refused, lease or database
-    lost, Ctrl-C. ``run_given_up`` follows the ``run_failed`` of a failure that is final; it comes
-    alone for a run that was started ``max_attempts`` times and died each time.
+    Attributes:
+        type: ``"run_..."`` when a run starts or ends, ``"step_..."`` for a step.
+            ``"run_stopped"`` means that the run stopped and no end was recorded: it was refused,
+            the lease or the database was lost, or Ctrl-C. ``"run_given_up"`` follows the
+            ``"run_failed"`` of a failure that is final; it comes alone for a run that was started
+            ``max_attempts`` times and died each time.
+        workflow: the name of the workflow.
+        workflow_id: the id of the durable run; None in memory.
+        key: the key of the step; None for a run.
+        duration: seconds, for a step that completed or failed; else None.
+        error: the exception of what failed, was suspended or stopped; else None.
+        at: when it happened, by this machine's clock, in UTC.
     """
 
     type: EventType

@@ -1,8 +1,9 @@
-"""An exception as JSON, and back.
+"""Exceptions as JSON, and back.
 
-Written in the JavaScript package's ``SerializedCause``; what only Python needs, the class, its
-arguments and its attributes, goes into the step's ``meta``. Reading it back imports nothing,
-unpickles nothing and runs no ``__init__``: what a stranger wrote into the table is data.
+The format is the JavaScript package's ``SerializedCause``. What only Python needs (the class, its
+arguments and its attributes) goes into the step's ``meta``. Rebuilding an exception imports
+nothing, unpickles nothing and runs no ``__init__`` of its class: others can write to the table, so
+what it holds is data, never code.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from .. import _json
 from ..errors import NotSerializable, StepFailed
 
 _MAX_STACK = 8_000  # characters
-_MAX_GROUPS = 10  # of exception groups, one inside the other
+_MAX_GROUPS = 10  # levels of nested exception groups
 _ROOMS = tuple(str(Path(__file__).parents[1] / room) for room in ("workflow", "store", "durable"))
 
 
@@ -28,7 +29,7 @@ def to_json(error: BaseException, depth: int = 0) -> dict[str, Any]:
     """Return the fields of a failed step: ``error``, ``cause`` and ``meta``."""
     kind = type(error)
     exception: dict[str, Any] = {"type": f"{kind.__module__}:{kind.__qualname__}"}
-    # What OSError was made of is more than its args: the file names.
+    # An OSError keeps the file names it was created with outside of its args.
     args = list(OSError.__reduce__(error)[1] if isinstance(error, OSError) else _args(error))
     exception["args"] = args if _fits(args) else [_message(error)]
     if members := _members(error):
@@ -45,7 +46,7 @@ def to_json(error: BaseException, depth: int = 0) -> dict[str, Any]:
 
 
 def from_json(key: str, step: Mapping[str, Any]) -> Exception:
-    """Rebuild the exception of a failed step, or make a `StepFailed` that tells of it."""
+    """Rebuild the exception of a failed step; if that is impossible, return a `StepFailed`."""
     cause = step.get("cause") or {}
     exception = (step.get("meta") or {}).get("exception")
     error = _rebuild(key, exception) if isinstance(exception, Mapping) else None
@@ -56,20 +57,34 @@ def from_json(key: str, step: Mapping[str, Any]) -> Exception:
     return error
 
 
+def of_run(key: str, failure: Mapping[str, Any]) -> Exception:
+    """Rebuild the exception that a run failed with, from what `run_to_json` returned.
+
+    ``key`` is the last step of the run, for the message of a `StepFailed`.
+    """
+    return from_json(key, {"cause": failure, "meta": {"exception": failure.get("exception")}})
+
+
+def run_to_json(error: BaseException) -> dict[str, Any]:
+    """Return ``error`` for the metadata of a failed run: its cause as Node reads it, and more."""
+    told = to_json(error)
+    return {**told["cause"], "exception": told["meta"]["exception"]}
+
+
 def _args(error: BaseException) -> tuple[Any, ...]:
-    """Return what it was made of, even if its class gives ``args`` another meaning."""
+    """Return the built-in ``args``, even if the class of ``error`` redefines that name."""
     args: tuple[Any, ...] = vars(BaseException)["args"].__get__(error)
     return args
 
 
 def _group() -> type[BaseException] | None:
-    """Return the class of exception groups; before Python 3.11 it comes from a package, if any."""
+    """Return the class of exception groups; before Python 3.11 that of the backport, if loaded."""
     backport = sys.modules.get("exceptiongroup")
     return getattr(builtins, "BaseExceptionGroup", getattr(backport, "BaseExceptionGroup", None))
 
 
 def _members(error: BaseException) -> Sequence[BaseException]:
-    """Return the exceptions of a group. Any class may have an attribute called ``exceptions``."""
+    """Return the exceptions of a group, and none for any other class with that attribute."""
     group: Any = _group()
     if group is None or not isinstance(error, group):
         return ()
@@ -89,7 +104,7 @@ def _state(error: BaseException) -> Iterator[tuple[str, Any]]:
 
 
 def _slots(kind: type) -> dict[str, Any]:
-    """Return what a class made by attrs or dataclasses keeps its attributes in."""
+    """Return the slots of a class, where attrs and dataclasses may keep its attributes."""
     own = [_class_members(base) for base in _mro(kind)[::-1] if id(base) not in _BUILTINS]
     return {
         name: member
@@ -108,12 +123,12 @@ def _fits(value: Any) -> bool:
 
 
 def _cause(error: BaseException, depth: int = 0) -> dict[str, Any]:
-    # The user's frames: ours, between the workflow and its step, tell nobody anything.
+    # Only the user's frames: ours, between the workflow and its step, help nobody.
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOMS)
     ]
     stack = f"Traceback (most recent call last):\n{''.join(traceback.format_list(frames))}"
-    with suppress(Exception):  # its own code makes the last lines
+    with suppress(Exception):  # formatting the last lines runs code of the exception's class
         stack += "".join(traceback.format_exception_only(type(error), error))
     cause: dict[str, Any] = {
         "type": "error",
@@ -142,14 +157,14 @@ def _rebuild(key: str, exception: Mapping[str, Any]) -> Exception | None:
     args, state = exception.get("args"), exception.get("state")
     if kind is None or not isinstance(args, list):
         return None
-    # The nearest built-in's __new__ and __init__: they run none of the class's own code.
+    # __new__ and __init__ of the nearest built-in base, which run no code of the class itself.
     builtin: Any = next(base for base in _mro(kind) if id(base) in _BUILTINS)
     try:
         if "exceptions" in exception:
             args = [*args, [from_json(key, member) for member in exception["exceptions"]]]
             builtin = _group()
         error: Exception = builtin.__new__(kind, *args)
-        with suppress(TypeError):  # UnicodeError wants bytes, which are not JSON
+        with suppress(TypeError):  # UnicodeError requires bytes, which are not JSON
             builtin.__init__(error, *args)
         slots = _slots(kind)
         for name, value in state.items() if isinstance(state, Mapping) else ():
@@ -157,15 +172,18 @@ def _rebuild(key: str, exception: Mapping[str, Any]) -> Exception | None:
                 slots[name].__set__(error, value)
             else:
                 _attributes(error)[name] = value
+        # An error that cannot be printed is worse than a `StepFailed`. Printing a SyntaxError also
+        # reads line numbers and source text from attributes that may hold anything.
         str(error)
-        if issubclass(kind, SyntaxError):  # its traceback quotes the source: numbers, text
+        if issubclass(kind, SyntaxError):
             traceback.format_exception_only(kind, error)
     except Exception:
         return None
     return error
 
 
-# Straight to the C level: an attribute of a lazy module may import, one of a lazy object may call.
+# Read at the C level: ordinary attribute access on a lazy module may import another module, and on
+# a lazy object may call its code.
 _module_members = vars(ModuleType)["__dict__"].__get__
 _class_members = vars(type)["__dict__"].__get__
 _mro = vars(type)["__mro__"].__get__
@@ -174,7 +192,7 @@ _BUILTINS = {id(kind) for kind in vars(builtins).values() if isinstance(kind, ty
 
 
 def _loaded_class(name: object) -> type[Exception] | None:
-    """Find a class by ``module:qualified.name`` among the modules that are imported already."""
+    """Return the exception class named ``module:qualified.name`` if its module is imported."""
     if not isinstance(name, str):
         return None
     module, _, path = name.partition(":")

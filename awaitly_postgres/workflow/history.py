@@ -1,4 +1,4 @@
-"""What is recorded of a run, in which order, and what of it this start has asked for.
+"""The recorded steps of a run: their order, and which of them this start has asked for.
 
 No clock, no threads, no database: `Run` calls it with its lock held.
 """
@@ -16,42 +16,45 @@ from ..snapshot import WorkflowSnapshot
 
 @define(eq=False)
 class History:
-    """The recorded steps of one run, and its place among them.
+    """The recorded steps of one run, and how far this start has got through them.
 
-    ``steps`` holds the JSON text of every recorded step by key, of earlier starts and of this one;
-    ``waits`` what this start has asked for in vain: a time by key, or None for a signal;
-    ``sleeps`` when the sleeps end that an earlier start has begun.
+    A failed step is *settled* once the workflow's own thread has gone on to something later, or the
+    run has completed; until then it is *open*. Open failures are retried, so `of` leaves them out.
 
-    A failed step is *settled* when the workflow's own thread has gone on to something later, or the
-    run has completed; until then it is *open*. Open failures are tried again, so `of` leaves them
-    out.
+    Attributes:
+        steps: the JSON text of every recorded step by key, of earlier starts and of this one.
+        waits: the keys this start is suspended on: until a time, or None for a signal.
+        sleeps: when each sleep that has begun will end, by key; kept across starts.
+        last_key: the step recorded last.
     """
 
     steps: dict[str, str] = field(factory=dict)
     waits: dict[str, str | None] = field(factory=dict)
     sleeps: dict[str, str] = field(factory=dict)
     last_key: str | None = None
-    has_left_out: bool = False  # open failures, which the next document no longer has
-    _settled: int = -1  # the number of the last failure that a wait of the own thread has settled
+    has_left_out: bool = False  # open failures were dropped, so the stored snapshot is outdated
+    key_generation: int = 0  # how often it was rewound with new idempotency keys
+    _settled: int = -1  # a wait of the own thread has settled all failures up to this number
     _in_order: list[str] = field(factory=list)  # recorded by the own thread, not yet asked for
     _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
     _parallel: set[str] = field(factory=set)  # ... by other threads
     _asked: set[str] = field(factory=set)
     _seq: int = 0  # the number of the last recorded step
-    _gone_on_after: int = 0  # the last number there was when the own thread asked for new work
+    _gone_on_after: int = 0  # the number of the last one when the own thread asked for new work
 
     @classmethod
     def of(cls, snapshot: WorkflowSnapshot) -> History:
-        """Take over what an earlier start has recorded, but for open failures."""
+        """Return the history of an earlier start's snapshot, without its open failures."""
         recorded = snapshot.to_json()["steps"]
         metadata = snapshot.metadata or {}
         metas = {key: step.get("meta") or {} for key, step in recorded.items()}
         seqs = {key: _positive(meta.get("seq")) for key, meta in metas.items()}
         history = cls()
+        history.key_generation = _positive(metadata.get("keyGeneration"))
         if "settled" in metadata:
             history._settled = _positive(metadata["settled"])
         settled = max(history._settled, _own_thread_went_on_after(metas, seqs))
-        # Node numbers nothing, but says which step was its last.
+        # Node does not number its steps, but it stores the key of the last one.
         last_of_node = str(metadata.get("lastStepKey"))
         completed = snapshot.execution.status == "completed"
         replayed = [
@@ -71,7 +74,7 @@ class History:
         history._unnumbered = {key for key in replayed if not seqs[key]} - history._parallel
         in_order = [key for key in replayed if seqs[key] and key not in history._parallel]
         in_order.sort(key=seqs.__getitem__)
-        history._in_order = in_order[::-1]  # the next one is the last
+        history._in_order = in_order[::-1]  # reversed: the next one is popped off the end
         for name in ("waits", "sleeps"):
             if isinstance(ends := metadata.get(name), Mapping):
                 history.sleeps |= {
@@ -84,14 +87,14 @@ class History:
     # -- asking ----------------------------------------------------------------------------
 
     def has_been_asked(self, key: str) -> bool:
-        """Tell whether this start has asked for ``key`` already."""
+        """Return whether this start has already asked for ``key``."""
         return key in self._asked
 
     def is_in_turn(self, key: str) -> bool:
-        """Tell whether the own thread may ask for ``key`` now.
+        """Return whether the workflow's own thread may ask for ``key`` now.
 
-        Its recorded steps come in their order, and all of them before anything new. Node's, which
-        keeps no order, come in any; those of other threads are free.
+        It must ask for its recorded steps in their order, and for all of them before anything new.
+        Steps recorded by Node, which keeps no order, or by other threads may come in any order.
         """
         if key in self._parallel or key in self._unnumbered:
             return True
@@ -100,7 +103,10 @@ class History:
         return not self._unnumbered
 
     def ask(self, key: str, own: bool) -> str | None:
-        """Return the recorded step, or None for one that is new; ``own``: by the own thread."""
+        """Return the JSON text of the recorded step, or None if it is new.
+
+        ``own`` says whether the workflow's own thread asks.
+        """
         self._asked.add(key)
         if key not in self.steps:
             if own:
@@ -112,27 +118,28 @@ class History:
             self._parallel.discard(key)
             self._unnumbered.discard(key)
         else:
-            self._in_order.remove(key)  # asked for by another thread, or drift is ignored
+            self._in_order.remove(key)  # another thread asks for it, or drift is ignored
         return self.steps[key]
 
     def unreached(self) -> list[str]:
-        """Return the recorded steps that nobody has asked for, the next one first."""
+        """Return the recorded steps that this start has not asked for, the next one first."""
         return [*self._in_order[::-1], *sorted(self._unnumbered | self._parallel)]
 
     # -- recording -------------------------------------------------------------------------
 
     def numbered(self, timing: dict[str, Any], own: bool) -> dict[str, Any]:
-        """Return the ``meta`` of the next step, with its number."""
+        """Return ``timing`` with the number of the next step, for its ``meta``."""
         before = self._seq
         self._seq += 1
         meta = {**timing, "seq": self._seq}
         if not own:
             return {**meta, "parallel": True}
-        # Steps of other threads were recorded since this one was asked for.
+        # "after" is needed where other threads recorded steps while this one ran: their failures
+        # are not settled by it, although their numbers are lower.
         return meta if self._gone_on_after == before else {**meta, "after": self._gone_on_after}
 
     def add(self, key: str, step: str) -> str:
-        """Add a step of this start, its JSON text."""
+        """Add a step of this start; return ``step``, its JSON text."""
         self.steps[key] = step
         self.waits.pop(key, None)
         self.sleeps.pop(key, None)
@@ -140,19 +147,19 @@ class History:
         return step
 
     def forget(self, key: str) -> None:
-        """Take back a step that was rolled back."""
+        """Remove a step whose transaction was rolled back."""
         self.steps.pop(key, None)
 
     def suspend(self, key: str, due: str | None, own: bool) -> None:
-        """Note that ``key`` waits: until ``due``, or for a signal."""
+        """Note that the run is suspended on ``key``, until ``due`` or (None) for a signal."""
         self.waits[key] = due
         if due is not None:
             self.sleeps[key] = due
         if own:
-            self._settled = self._gone_on_after  # it has gone on, to wait
+            self._settled = self._gone_on_after  # to wait is to go on: earlier failures are settled
 
     def standing(self, suspended: bool) -> dict[str, Any]:
-        """Return what the metadata of an unfinished run tell of waits and settled failures."""
+        """Return the waits, sleeps and settled failures of an unfinished run, for its metadata."""
         found: dict[str, Any] = {}
         if suspended:
             found["waits"] = self.waits
@@ -170,10 +177,10 @@ def _positive(value: object) -> int:
 def _own_thread_went_on_after(
     metas: Mapping[str, Mapping[str, Any]], seqs: Mapping[str, int]
 ) -> int:
-    """Return the last number that was given before the own thread asked for its last recorded step.
+    """Return the number of the last step recorded before the own thread asked for its last one.
 
-    A step of the own thread was asked for when all before it had been recorded, unless it says
-    otherwise: that steps of other threads were recorded while it ran.
+    When the own thread asked for a step, all steps with lower numbers had been recorded, unless its
+    ``after`` says otherwise: the steps after that number were recorded by other threads meanwhile.
     """
     own = [key for key, seq in seqs.items() if seq and not metas[key].get("parallel")]
     return max(

@@ -1,4 +1,4 @@
-"""What a run asks of the place where its steps are kept. In memory there is none."""
+"""What a run needs from the store that records its steps. A run in memory has none."""
 
 from __future__ import annotations
 
@@ -9,22 +9,26 @@ from typing import Any, Protocol
 
 
 class Recorder(Protocol):
-    """Where a run keeps its steps beyond its own memory.
+    """Records the steps of a run outside this process.
 
     Every method may raise an `AwaitlyError`, which then ends the run.
     """
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
-        """Keep one step; ``enter`` adds it to the history and returns its JSON."""
+        """Record one step; ``enter`` adds it to the history and returns its JSON text.
+
+        The recorder decides when to call ``enter``, so that steps of several threads are recorded
+        in the order of their numbers. It returns only when the step is recorded.
+        """
 
     def transaction(self, key: str) -> StepTransaction:
-        """Return a transaction in which one step runs and is kept."""
+        """Return a transaction in which one step runs and is recorded."""
 
     def signal(self, key: str) -> str | None:
-        """Return the JSON that was sent for ``step.wait(key)``, if any was."""
+        """Return the JSON text that was sent for ``step.wait(key)``; None if nothing was."""
 
     def now(self) -> datetime:
-        """Tell the time that counts."""
+        """Return the time by the clock that decides when sleeps end."""
 
 
 class StepTransaction(Protocol):
@@ -34,7 +38,7 @@ class StepTransaction(Protocol):
         """Return the connection."""
 
     def record(self, enter: Callable[[], str]) -> None:
-        """Keep the step, as the last statement; ``enter`` is as for `Recorder.record`."""
+        """Record the step, as the last statement; ``enter`` is as for `Recorder.record`."""
 
     def __exit__(
         self,
@@ -45,8 +49,9 @@ class StepTransaction(Protocol):
         """Commit, or roll back if the block raised."""
 
     def settle(self, error: BaseException) -> BaseException | None:
-        """Find out what became of the transaction when ``error`` came out of it.
+        """Find out whether the transaction that ended with ``error`` was committed.
 
-        Afterwards the history has the step only if it was committed. Returns what to raise: None
-        if all went well but for the reply to the commit.
+        Afterwards the history has the step only if it was committed, or if the outcome is still
+        unknown. Returns the exception to raise; None if the step was committed and only the reply
+        to the commit was lost.
         """

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Interrupted(BaseException):
-    """Carries what ends the run through the user's ``except Exception`` to the caller of run."""
+    """Carries the error that ends the run past any ``except Exception`` of the user's code."""
 
     def __init__(self, error: BaseException) -> None:
         super().__init__(error)
@@ -42,7 +42,7 @@ class Interrupted(BaseException):
 class Run:
     """One start of a workflow function over its history.
 
-    Steps may be called from several threads; the lock guards the history and what follows it here.
+    Steps may be called from several threads; ``_lock`` guards the history and the private fields.
     """
 
     workflow: str
@@ -52,9 +52,9 @@ class Run:
     on_drift: OnDrift = "error"
     recorder: Recorder | None = None
     history: History = field(factory=History)
-    _in_step: dict[int, str] = field(factory=dict)  # by thread
-    _done: set[str] = field(factory=set)  # what is known to be recorded by this start
-    _unrecorded: str | None = None  # what the own thread has begun and not recorded
+    _in_step: dict[int, str] = field(factory=dict)  # the key of the step each thread is in
+    _done: set[str] = field(factory=set)  # keys that this start has certainly recorded
+    _unrecorded: str | None = None  # the own thread's step that has begun and is not recorded yet
     _ended_by: BaseException | None = None
     _over: bool = False
     _own_thread: int = field(factory=threading.get_ident)
@@ -62,9 +62,9 @@ class Run:
     _lock: threading.RLock = field(factory=threading.RLock)
 
     def run(self, fn: Callable[[], T]) -> T:
-        """Call ``fn``, which steps through this run, and see that it asks for all that is recorded.
+        """Call ``fn``, the workflow; raise `WorkflowDrift` if it leaves recorded steps out.
 
-        ``fn`` may swallow or replace what has ended the run; the caller gets it all the same.
+        ``fn`` may swallow or replace the error that ended the run; it is raised here all the same.
         """
         self._own_thread = threading.get_ident()
         self._handled_before = sys.exc_info()[1]
@@ -81,17 +81,17 @@ class Run:
         return result
 
     def end(self) -> None:
-        """Refuse from now on what other threads still want to record."""
+        """From now on, refuse the steps that other threads still run: see `refuse_if_over`."""
         with self._lock:
             self._over = True
 
     @property
     def interruption(self) -> AwaitlyError | None:
-        """The error of ours that has ended the run, not one that a step has raised."""
+        """The error of this package that ended the run; None if it ended in any other way."""
         return self._ended_by if isinstance(self._ended_by, AwaitlyError) else None
 
     def step(self, key: str, fn: Callable[..., T], call: Callable[[], T]) -> T:
-        """Replay ``key``, or run ``call`` and record what comes out."""
+        """Replay ``key``, or run ``call`` and record its result or failure."""
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, fn, recorded)
@@ -129,7 +129,7 @@ class Run:
                     text = self._encode(key, value)
                     transaction.record(lambda: self._enter(key, text, timer.stop()))
             except BaseException as error:
-                # Whatever struck, and wherever: what follows depends on what was committed.
+                # Whatever struck, and wherever: first find out whether the step was committed.
                 failure = transaction.settle(error)
                 if failure is not None:
                     self._fail_transaction(key, failure, failure is of_the_body, timer)
@@ -141,7 +141,7 @@ class Run:
         return self._decode(key, fn, _json.as_stored(text))
 
     def sleep(self, key: str, duration: timedelta) -> Any:
-        """Go on if the time of ``key`` has come, else suspend the run."""
+        """Return if the time of ``key`` has come, else suspend the run."""
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, _nothing, recorded)
@@ -155,7 +155,7 @@ class Run:
         return None
 
     def wait(self, key: str) -> Any:
-        """Return what was sent for ``key``, else suspend the run."""
+        """Return the value that was sent for ``key``, else suspend the run."""
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, _nothing, recorded)
@@ -166,7 +166,7 @@ class Run:
         return self._decode(key, _nothing, _json.as_stored(value))
 
     def refuse_if_over(self, key: str) -> None:
-        """Raise if the run has ended, so that nothing is acknowledged which nobody keeps."""
+        """Raise if the run has ended: a step must not return as recorded when it is not."""
         if self._over:
             name = "this run" if self.id is None else f"the run of {self.id!r}"
             raise WorkflowError(
@@ -189,9 +189,9 @@ class Run:
     def _ask(self, key: str) -> str | None:
         """Return the recorded JSON of ``key``, or None when the step may run now.
 
-        The workflow's own thread asks for its recorded steps in their order, and for all of them
-        before anything new. Other threads are free; what they have recorded and nobody has asked
-        for when the function returns is drift then.
+        The workflow's own thread must ask for its recorded steps in their order, and for all of
+        them before anything new. Other threads may ask in any order; recorded steps of theirs that
+        have not been asked for when the function returns are drift then.
         """
         check_id(key, "step key")
         thread = threading.get_ident()
@@ -217,7 +217,7 @@ class Run:
                     raise self._interrupt(
                         WorkflowError(
                             f"step {self._unrecorded!r} was interrupted before it was recorded, so "
-                            f"step {key!r} may not follow it. Resume the run."
+                            f"step {key!r} cannot run after it. Resume the run."
                         )
                     )
                 self._unrecorded = key
@@ -225,7 +225,7 @@ class Run:
 
     def _refuse_if_ended(self) -> None:
         if self._ended_by is None and threading.get_ident() == self._own_thread:
-            # A ``finally`` of the workflow while Ctrl-C or the like passes through it.
+            # Called from a ``finally`` of the workflow, while Ctrl-C or the like is propagating.
             passing = sys.exc_info()[1]
             if passing is not self._handled_before and not isinstance(
                 passing, (Exception, Interrupted, type(None))
@@ -238,11 +238,11 @@ class Run:
 
     @contextmanager
     def _live(self, key: str) -> Iterator[None]:
-        """Run a step that is not recorded yet.
+        """Guard the execution of a step that is not recorded yet.
 
-        When it is left without a record (Ctrl-C, or an exception out of a signal handler while it
-        was being recorded), nothing may follow in this start: what came later would be recorded
-        out of turn, and the step could never be asked for again.
+        If it ends without being recorded (Ctrl-C, or an exception from a signal handler while it
+        was being recorded), no step may follow in this start: a later one would be recorded before
+        this one, and when the run is resumed, asking for this one first would be drift.
         """
         thread = threading.get_ident()
         self._in_step[thread] = key
@@ -250,7 +250,8 @@ class Run:
             yield
         except BaseException as error:
             unrecorded = key not in self._done or not isinstance(error, Exception)
-            if unrecorded and not isinstance(error, Interrupted):
+            # GeneratorExit: an exception struck just outside this block and has been handled.
+            if unrecorded and not isinstance(error, (Interrupted, GeneratorExit)):
                 self._stop(error)
             raise
         finally:
@@ -258,7 +259,7 @@ class Run:
 
     def _stop(self, error: BaseException) -> None:
         with self._lock:
-            if self._ended_by is None:
+            if self._ended_by is None:  # the first error counts: later ones may be its consequences
                 self._ended_by = error
 
     def _interrupt(self, error: AwaitlyError) -> Interrupted:
@@ -271,7 +272,7 @@ class Run:
             return datetime.now(timezone.utc)
         try:
             return self.recorder.now()
-        except AwaitlyError as error:  # an outage travels past ``except Exception``, as elsewhere
+        except AwaitlyError as error:  # an outage must get past the user's ``except Exception``
             raise self._interrupt(error) from error
 
     def _signal(self, key: str) -> str | None:
@@ -312,21 +313,21 @@ class Run:
             raise self._interrupt(error) from (failure or error)
 
     def _acknowledge(self, key: str) -> None:
-        """Note that a step is recorded: only then may another of the own thread follow."""
+        """Note that a step is recorded: only now may the own thread begin another."""
         self._done.add(key)
         if self._unrecorded == key:
             self._unrecorded = None
 
     def _enter(self, key: str, value: str, timing: Timing) -> str:
         with self._lock:
-            self.refuse_if_over(key)
+            self.refuse_if_over(key)  # again: the run may have ended while the step ran
             meta = _json.encode_own(self._numbered(timing))
             return self.history.add(key, f'{{"ok":true,"value":{value},"meta":{meta}}}')
 
     def _enter_failure(self, key: str, error: Exception, timing: Timing) -> str:
         step = {"ok": False, **_failure.to_json(error)}
         with self._lock:
-            self.refuse_if_over(key)
+            self.refuse_if_over(key)  # as above
             step["meta"] = {**step["meta"], **self._numbered(timing)}
             return self.history.add(key, _json.dumps(step))
 
@@ -342,9 +343,9 @@ class Run:
         if isinstance(failure, AwaitlyError) and not of_the_body:
             if not self._over:
                 raise self._interrupt(failure) from failure
-        elif key in self.history.steps:  # committed, and interrupted right then: nothing may follow
+        elif key in self.history.steps:  # committed, then interrupted: nothing may follow
             self._stop(failure)
-        else:  # rolled back, by the body or because the server refused to commit it
+        else:  # rolled back by the body, or because the server refused to commit
             self._record_failure(key, failure, timer.stop())
 
     def _encode(self, key: str, value: Any) -> str:
@@ -361,11 +362,11 @@ class Run:
 
     def _replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
         self.emit("step_replayed", key)
-        step = _json.loads(recorded)  # a copy of its own for each who asks
+        step = _json.loads(recorded)  # decoded anew each time: the caller may change the value
         if not step["ok"]:
             raise _failure.from_json(key, step)
         return self._decode(key, fn, step.get("value"))
 
 
 def _nothing() -> Any:
-    """Stands for a step function that returns plain JSON."""
+    """Stand in for a step function that returns plain JSON."""

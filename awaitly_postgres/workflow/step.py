@@ -1,8 +1,8 @@
-"""`Step`, what a workflow function receives first.
+"""`Step`, the first argument of every workflow function.
 
 A workflow is a function whose first parameter is a `Step`. Each ``step(key, fn, ...)`` runs
-``fn`` once and records what came out; run again over what is recorded, the function gets the same
-answers without anything running a second time.
+``fn`` once and records the outcome. When the workflow runs again over what is recorded, it gets the
+same results, and no recorded step runs a second time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Step:
-    """What a workflow function receives first: runs its steps, each under a key of its own.
+    """Runs the steps of a workflow, each under its own key. The first argument of the function.
 
     Example:
         >>> from awaitly_postgres import Step, Workflow
@@ -37,13 +37,21 @@ class Step:
     def __call__(self, key: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Return the result recorded under ``key``, or call ``fn`` and record it.
 
-        The result is what a replay would return: the value after a round trip through JSON (and
-        the codec). ``fn`` may run again if the process dies before the step is recorded. May be
-        called from several threads of one run.
+        ``fn`` runs again if the process dies before the step is recorded. May be called from
+        several threads of one run, but not inside another step.
+
+        Args:
+            key: the name of the step, unique within the run.
+            fn: the function to call.
+            args: its arguments. They are not recorded.
+            kwargs: its keyword arguments, likewise.
+
+        Returns:
+            what a replay would return: the value after a round trip through JSON (and the codec).
 
         Raises:
-            whatever ``fn`` raises, recorded as a failure and unchanged; on replay the same class
-            if it is loaded, else `StepFailed`.
+            whatever ``fn`` raises, unchanged, after it is recorded as a failure; on replay the same
+            class if it is loaded, else `StepFailed`.
             ValueError: the key is empty, has a NUL or more than 1,000 bytes.
         """
         return self._run.step(key, fn, lambda: fn(*args, **kwargs))
@@ -56,22 +64,47 @@ class Step:
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> T:
-        """Like ``step(key, fn, ...)``, exactly once: what ``fn`` writes commits with the step.
+        """Like ``step(key, fn, ...)``, but exactly once: what ``fn`` writes commits with the step.
 
-        ``fn(conn, ...)`` gets a psycopg connection inside a transaction. For durable runs only.
+        For durable runs only.
+
+        Args:
+            key: the name of the step, unique within the run.
+            fn: called as ``fn(conn, ...)`` with a psycopg connection, inside a transaction that
+                commits when it returns and is rolled back when it raises.
+            args: its further arguments. They are not recorded.
+            kwargs: its keyword arguments, likewise.
+
+        Returns:
+            what a replay would return, as for ``step(key, fn, ...)``.
+
+        Raises:
+            whatever ``fn`` or the commit raises, recorded as a failure.
+            RuntimeError: ``fn`` rolled the transaction back itself.
+            WorkflowError: the workflow runs in memory.
         """
         return self._run.step_transaction(key, fn, lambda conn: fn(conn, *args, **kwargs))
 
     def sleep(self, key: str, duration: float | timedelta) -> None:
-        """Suspend the run, and let it go on ``duration`` (seconds) after this was first reached.
+        """Suspend the run until ``duration`` has passed since this step was first reached.
 
-        Nothing waits meanwhile: the process gets `WorkflowSuspended`, and `Durable.resume_pending`
-        takes the run up when its time has come.
+        No process waits for that: the caller of the run gets `WorkflowSuspended`, and
+        `Durable.resume_pending` resumes the run when the time has come.
+
+        Args:
+            key: the name of the step, unique within the run.
+            duration: seconds, or a timedelta; less than 1,000,000,000 seconds.
+
+        Raises:
+            ValueError: the duration is negative or too long.
         """
         self._run.sleep(key, timedelta(seconds=check_seconds(duration)))
 
     def wait(self, key: str) -> Any:
-        """Suspend the run until ``Durable.signal(id, key, value)``, and return that value."""
+        """Suspend the run until ``Durable.signal(id, key, value)`` is called; return that value.
+
+        As with `sleep`, no process waits. A signal may also come before the run gets here.
+        """
         return self._run.wait(key)
 
     @property
@@ -82,8 +115,14 @@ class Step:
     def idempotency_key(self, key: str) -> str:
         """Return ``"<workflow id>/<key>"``, for an API that accepts such a key.
 
-        It stays the same however often the step is tried.
+        It stays the same however often the step is retried. A rewind with ``new_keys=True`` appends
+        ``#1`` to it, the next such rewind ``#2``.
+
+        Raises:
+            WorkflowError: the workflow runs in memory, where it has no id.
         """
         if self.workflow_id is None:
             raise WorkflowError("an in-memory workflow has no id; use Durable.run(id, ...)")
-        return f"{self.workflow_id}/{check_id(key, 'step key')}"
+        generation = self._run.history.key_generation
+        suffix = f"#{generation}" if generation else ""
+        return f"{self.workflow_id}/{check_id(key, 'step key')}{suffix}"

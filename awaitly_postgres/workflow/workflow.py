@@ -1,4 +1,4 @@
-"""A workflow in memory: for saving and loading its snapshots by hand, and for tests."""
+"""Workflows in memory: for tests, and for saving and loading snapshots by hand."""
 
 from __future__ import annotations
 
@@ -27,15 +27,19 @@ class Workflow(Generic[P, T]):
 
     Args:
         fn: the workflow function; its first parameter is a `Step`.
-        name: what it is called in the snapshot (default: the function's name).
-        version: raise it when the steps change; a snapshot of another version is refused.
-        snapshot: what an earlier run has recorded; None starts afresh.
-        codec: turns results into JSON and back.
-        on_event: called with an `Event` at every turn; its errors are logged.
+        name: its name in the snapshot (default: the function's name).
+        version: increase it when the steps change; a snapshot of another version is refused.
+        snapshot: what an earlier run recorded, a `WorkflowSnapshot` or its JSON; None starts
+            afresh.
+        codec: converts results to JSON and back.
+        on_event: called with an `Event` whenever the run or a step starts, ends or is replayed; its
+            errors are logged.
         on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
 
     Raises:
-        VersionMismatch, WorkflowConflict: the snapshot is another version's or workflow's.
+        VersionMismatch: the snapshot is of another version.
+        WorkflowConflict: the snapshot is of another workflow.
+        SnapshotFormatError: the JSON is not a snapshot.
 
     Example:
         >>> run = Workflow(lambda step, n: step("double", lambda: n * 2))
@@ -66,10 +70,20 @@ class Workflow(Generic[P, T]):
                 raise VersionMismatch(None, stored, self.version)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run the workflow over what is recorded; what it raises is raised."""
+        """Run the workflow over what is recorded, and return its result.
+
+        Recorded steps are replayed. Afterwards `snapshot` has the steps of this run too, even if it
+        failed; after `WorkflowDrift` it stays as it was.
+
+        Raises:
+            whatever the workflow raises.
+            WorkflowDrift: the code no longer asks for the recorded steps.
+            WorkflowSuspended: it reached a sleep that has not ended, or a wait.
+        """
         run = Run(self.name, codec=self.codec, on_event=self.on_event, on_drift=self.on_drift)
         if self._snapshot is not None:
-            # As from a store, so that a replayed value is what the step has returned.
+            # Through the same round trip as in a store, so that a replayed value is equal to what
+            # the step returned when it ran.
             stored = _json.as_stored(_json.dumps(self._snapshot.to_json()))
             run.history = History.of(WorkflowSnapshot.from_json(stored))
         try:
@@ -84,7 +98,7 @@ class Workflow(Generic[P, T]):
 
     @property
     def status(self) -> Status:
-        """``"running"`` until the first run ends, then ``"completed"`` or ``"failed"``."""
+        """How the last run ended; ``"running"`` before that, or if it was suspended or stopped."""
         return "running" if self._snapshot is None else self._snapshot.execution.status
 
     def snapshot(
@@ -93,11 +107,14 @@ class Workflow(Generic[P, T]):
         include: Literal["all", "completed", "failed"] = "all",
         metadata: Mapping[str, Any] | None = None,
     ) -> WorkflowSnapshot:
-        """Return what is recorded, ready for ``store.save``.
+        """Return what is recorded so far, ready for ``store.save``.
 
         Args:
-            include: all steps, or only those that completed or failed.
-            metadata: added to the snapshot's own.
+            include: ``"all"`` steps, or only those that ``"completed"`` or ``"failed"``.
+            metadata: added to the snapshot's own metadata; JSON values.
+
+        Raises:
+            NotSerializable: the metadata are not JSON.
         """
         if include not in ("all", "completed", "failed"):
             raise ValueError(f"include must be 'all', 'completed' or 'failed', not {include!r}")
@@ -112,7 +129,7 @@ class Workflow(Generic[P, T]):
         run.end()
         ours = error is run.interruption
         if ours and isinstance(error, WorkflowDrift):
-            return "run_stopped"  # it has changed nothing
+            return "run_stopped"  # the code is wrong, not the record: the snapshot stays as it was
         if ours and isinstance(error, WorkflowSuspended):
             self._snapshot = self._document(run, "running", suspended=True)
             return "run_suspended"
@@ -139,11 +156,11 @@ class Workflow(Generic[P, T]):
 
 
 def name_of(fn: Callable[..., Any]) -> str:
-    """Return the name that a workflow function has unless it is given one."""
+    """Return the default name of a workflow function."""
     return str(getattr(fn, "__name__", type(fn).__name__))
 
 
 def stored_version(metadata: Mapping[str, Any]) -> int:
-    """Return the version in a snapshot's metadata; without one it is 1, as in the Node package."""
+    """Return the version in a snapshot's metadata, or 1 without one, as the Node package does."""
     version = metadata.get("version", 1)
     return version if isinstance(version, int) and not isinstance(version, bool) else 1

@@ -500,10 +500,11 @@ def test_metadata_is_stored_with_every_run_beside_what_is_recorded(
     store: SnapshotStore, work: Work, db: DB
 ) -> None:
     """The user's fields are there from the first moment; they replace none of the run's own."""
-    durable = Durable(store, metadata={"tenant": "acme", "workflow": "forged", "attempts": 7})
+    given = {"tenant": "acme", "workflow": "forged", "attempts": 7}
+    durable = Durable(store, metadata=given)
     workflow = durable.workflow(name="w", version=2)(steps(work, "a"))
     durable.submit("id", workflow)
-    expected = {"tenant": "acme", "workflow": "w", "version": 2, "attempts": 0}
+    expected = {"custom": given, "workflow": "w", "version": 2, "attempts": 0}
     expected["input"] = {"args": [], "kwargs": {}}
     expected["submittedAt"] = metadata(db, "id")["submittedAt"]
     assert metadata(db, "id") == expected

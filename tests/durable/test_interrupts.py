@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _thread
 import gc
 import os
 import random
@@ -25,12 +24,9 @@ from awaitly_postgres import (
     Workflow,
     WorkflowError,
 )
+from tests.support import TimeLimit, in_threads
 
 DB = psycopg.Connection
-
-
-class TimeLimit(Exception):
-    """What a soft time limit raises, as those of Celery and RQ do."""
 
 
 @contextmanager
@@ -74,25 +70,6 @@ def leases(db: DB) -> list[str]:
 def pay(conn: DB, id: str) -> str:
     conn.execute("INSERT INTO payments VALUES (%s)", (id,))
     return f"paid {id}"
-
-
-def in_threads(work: Callable[[int], object], count: int) -> None:
-    """Run ``work`` in so many threads, with nothing but locks of the interpreter's own.
-
-    An interrupt in the middle of an executor or a condition leaves those locked for ever.
-    """
-    ended = [_thread.allocate_lock() for _ in range(count)]
-
-    def run(nr: int) -> None:
-        with suppress(BaseException):
-            work(nr)
-        ended[nr].release()
-
-    for nr in range(count):
-        ended[nr].acquire()
-        _thread.start_new_thread(run, (nr,))
-    for lock in ended:
-        lock.acquire()
 
 
 def filler(size: int) -> str:

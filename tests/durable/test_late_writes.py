@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import psycopg
@@ -34,52 +35,87 @@ def test_a_write_that_its_backend_was_slow_to_do_changes_nothing(
     make_store: Callable[..., SnapshotStore], db: DB, size: int, late: str
 ) -> None:
     """The backend is stopped, its connection cut; the retry lands, more is recorded, it wakes."""
-    name = f"slow-{os.getpid()}-{size}-{late.replace(' ', '-')}"
-    store = make_store(max_size=1, kwargs={"application_name": name})
+    store = make_store(max_size=1)
     durable = Durable(store)
     stopped: list[int] = []
-    gate = threading.Event()
 
-    def stop_the_backend() -> str:
-        """Stop it, and have its connection cut when the next statement has been sent to it."""
-        query = "SELECT pid FROM pg_stat_activity WHERE application_name = %s"
-        (pid,) = db.execute(query, (name,)).fetchone()
-        stopped.append(pid)
-        os.kill(pid, signal.SIGSTOP)
-        conn = next(iter(store._db.pool.opened()._pool))
-        descriptor = conn.fileno()
-
-        def cut() -> None:
-            gate.wait(0.3)  # for the statement to be on its way
-            shut_down(descriptor)
-
-        threading.Thread(target=cut).start()
+    def stop() -> str:
+        stopped.append(stop_the_backend(store))
         return "." * size
 
     def work(step: Step) -> str:
         step("a", filler, size)
         if late == "a step":
-            step("b", stop_the_backend)
+            step("b", stop)
             for key in "cde":
                 step(key, filler, size)
         else:
             step("b", str)
-            stop_the_backend()
+            stop()
         return "done"
 
     try:
         assert durable.run("a", work) == "done"
         before = photograph(db)
     finally:
-        for pid in stopped:
-            os.kill(pid, signal.SIGCONT)
-    gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
-    while db.execute(gone, (stopped,)).fetchone()[0]:
-        db.execute("SELECT pg_sleep(0.01)")
+        wake(stopped, db)
     assert stopped
     assert photograph(db) == before
     assert keys(durable) == (list("abcde") if late == "a step" else ["a", "b"])
     assert durable.run("a", work) == "done"
+
+
+def test_a_step_that_is_appended_late_does_not_follow_the_next_rewrite(
+    make_store: Callable[..., SnapshotStore], db: DB
+) -> None:
+    """The rewrite has folded the journal, and the end does not look into it again."""
+    store = make_store(max_size=1)
+    durable = Durable(store)
+    stopped: list[int] = []
+
+    def stop() -> str:
+        stopped.append(stop_the_backend(store))
+        return "." * 5_000
+
+    def work(step: Step) -> str:
+        step("a", filler, 9_000)  # rewrites all
+        step("b", filler, 10)  # appended; the statement is prepared then
+        step("c", stop)  # appended, late
+        step("d", filler, 5_000)  # rewrites all
+        assert photograph(db)["awaitly_snapshots_steps"] == []
+        wake(stopped, db)
+        return "done"
+
+    try:
+        assert durable.run("a", work) == "done"
+    finally:
+        wake(stopped, db)
+    assert keys(durable) == list("abcd")
+    assert photograph(db)["awaitly_snapshots_steps"] == []
+
+
+def stop_the_backend(store: SnapshotStore) -> int:
+    """Stop it, and have its connection cut when the next statement has been sent to it."""
+    conn = next(iter(store._db.pool.opened()._pool))
+    pid, descriptor = conn.info.backend_pid, conn.fileno()
+    os.kill(pid, signal.SIGSTOP)
+
+    def cut() -> None:
+        threading.Event().wait(0.3)  # for the statement to be on its way
+        shut_down(descriptor)
+
+    threading.Thread(target=cut).start()
+    return int(pid)
+
+
+def wake(stopped: list[int], db: DB) -> None:
+    """Let the backends go on, and wait until they have done what they were sent and are gone."""
+    gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
+    for pid in stopped:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    while db.execute(gone, (stopped,)).fetchone()[0]:
+        db.execute("SELECT pg_sleep(0.01)")
 
 
 def shut_down(descriptor: int) -> None:

@@ -220,7 +220,7 @@ def test_a_run_that_was_killed_too_often_is_given_up_by_the_next_pass(
     assert [info.id for info in durable.list_pending()] == ["a"]
     (outcome,) = durable.resume_pending()
     assert (outcome.status, outcome.attempts, outcome.retry_at) == ("failed", 3, None)
-    assert "started 3 times without getting further" in str(outcome.error)
+    assert "started 3 times without progress" in str(outcome.error)
     assert (status(db), ran) == ("failed", [])
     assert "started 3 times" in metadata(db)["failure"]["message"]
     assert metadata(db).keys() & {"gaveUpAt", "wakeAt"} == {"gaveUpAt"}

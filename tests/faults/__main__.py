@@ -15,7 +15,8 @@ from dataclasses import asdict, fields
 
 from .check import Row
 from .cluster import Cluster
-from .faults import FAULTS, Field, NotHere
+from .faults import FAULTS
+from .field import Field, NotHere
 from .soak import soak
 
 SOAK = "soak"

@@ -20,6 +20,9 @@ FAULTS = [
     "boundary",
     "zombie",
     "fork",
+    "interrupt",
+    "threads",
+    "poison",
     "clock",
     "terminate",
     "immediate restart",
@@ -31,6 +34,7 @@ FAULTS = [
     "network delay",
     "network drop",
     "network reply",
+    "slow backend",
     "failover",
     "mixed",
 ]

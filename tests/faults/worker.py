@@ -1,10 +1,4 @@
-"""A worker: runs and resumes workflows through the public names, and notes all that it does.
-
-The notes go to one file that all workers append to, a line each: the process, what, the id, the
-key and the token. ``ran`` is a body that runs, ``got`` a step that was acknowledged to its
-workflow. Each execution of a body makes a token of its own, so a step that was recorded twice, or
-recorded otherwise than acknowledged, shows.
-"""
+"""A worker process: how it fares, and what it must not meet."""
 
 # ruff: noqa: S311 - chance that can be repeated, not secrets
 from __future__ import annotations
@@ -12,7 +6,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import random
 import signal
@@ -20,166 +13,22 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import psycopg
 
-from awaitly_postgres import (
-    AlreadyRunning,
-    Durable,
-    LeaseLost,
-    SnapshotStore,
-    Step,
-    StoreUnavailable,
-    postgres,
-)
+from awaitly_postgres import Durable
+from tests.support import TimeLimit
 
-SHARED = 24  # ids that all workers run, and that somebody has submitted
-LONG_PAUSE = 20.0  # seconds; a run that has been started often pauses for longer when it fails
-POOL = 3  # connections of one worker at most
+from . import workload
+from .forking import fork_under_load
+from .turns import connect, durable_on, finish, left_over, one_turn, roll_call
+from .workload import Setup, is_calm
 
-
-@dataclass
-class Setup:
-    """What a worker is told: where, and how it is to fare."""
-
-    url: str
-    folder: str
-    seed: int
-    ttl: float
-    retry_for: float = 30.0
-    idle: float = 0.0  # seconds of sleep, at most, between two runs
-    slow: float = 0.0  # seconds, at most, that a body takes
-    dies: tuple[str, int] | None = None  # "before" or "after" which of its statements
-    forks: bool = False
-
-
-class Notes:
-    """The file of all side effects. One write per line, so lines of many processes do not mix."""
-
-    def __init__(self, folder: str) -> None:
-        self._file = os.open(Path(folder, "log"), os.O_APPEND | os.O_CREAT | os.O_WRONLY, 0o644)
-
-    def add(self, *words: object) -> None:
-        os.write(self._file, (" ".join(map(str, (os.getpid(), *words))) + "\n").encode())
-
-
-notes: Notes
-slow = 0.0
-_counter = itertools.count()
-
-
-def new_token() -> str:
-    return f"{os.getpid()}-{next(_counter)}-{random.getrandbits(32):x}"
-
-
-def value_of(token: str, size: int) -> dict[str, str]:
-    """Make what a step returns: all of it follows from the token, so all of it can be checked."""
-    return {"token": token, "filler": (token * (size // len(token) + 1))[:size]}
-
-
-class Refused(Exception):
-    """What a step raises and its workflow handles."""
-
-
-def order(step: Step, id: str, seed: int) -> dict[str, str]:
-    """A workflow of every kind of step; how many, and how large, follows from the seed."""
-    shape = random.Random(seed)
-    tokens: dict[str, str] = {}
-
-    def act(key: str, size: int = 0) -> dict[str, str]:
-        token = new_token()
-        notes.add("ran", id, key, token)
-        time.sleep(random.random() * slow)
-        return value_of(token, size)
-
-    def effect(conn: psycopg.Connection, key: str, size: int = 0) -> dict[str, str]:
-        value = act(key, size)
-        conn.execute("INSERT INTO effects VALUES (%s, %s, %s)", (id, key, value["token"]))
-        return value
-
-    def refuse(key: str) -> None:
-        raise Refused(act(key)["token"])
-
-    def stumble(key: str) -> dict[str, str]:
-        if random.random() < 0.3:
-            raise ConnectionResetError("the other side")
-        return act(key)
-
-    def got(key: str, value: dict[str, str]) -> None:
-        notes.add("got", id, key, value["token"])
-        tokens[key] = value["token"]
-
-    def plain(key: str, size: int = 0) -> None:
-        got(key, step(key, act, key, size))
-
-    def exactly_once(key: str, size: int = 0) -> None:
-        got(key, step.transaction(key, effect, key, size))
-
-    plain("reserve")
-    exactly_once("pay")
-    for nr in range(shape.choice([0, 1, 3, 12])):
-        run = exactly_once if nr % 4 == 3 else plain
-        run(f"item-{nr}", shape.choice([10, 500, 3000]))
-    if shape.random() < 0.3:
-        try:
-            step("gift", refuse, "gift")
-        except Refused as error:
-            notes.add("got", id, "gift!", error)
-    if shape.random() < 0.2:
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(plain, ["left", "middle", "right"]))
-    if shape.random() < 0.1:
-        got("stumble", step("stumble", stumble, "stumble"))
-    exactly_once("ship", 300)
-    return tokens
-
-
-def shared_id(nr: int) -> str:
-    return f"shared-{nr}"
-
-
-def connect(setup: Setup) -> SnapshotStore:
-    # Names the process in what the server notes; a child that inherits the store has its own.
-    os.environ["PGAPPNAME"] = f"faults-{os.getpid()}"
-    return postgres(setup.url, max_size=POOL, retry_for=setup.retry_for)
-
-
-def durable_on(store: SnapshotStore, setup: Setup) -> Durable:
-    durable = Durable(store, lock_ttl=setup.ttl, max_attempts=None)
-    durable.workflow(order)
-    return durable
-
-
-def one_turn(durable: Durable, chance: random.Random) -> None:
-    """Do one thing that a view or a cron job does. Only what an outage explains may be raised."""
-    try:
-        dice = chance.random()
-        resumes = 0.7 if slow else 0.2  # a slow run leaves little time to look for others
-        if dice < resumes:
-            durable.resume_pending(limit=5)
-        elif dice < resumes + 0.15:
-            nr = chance.randrange(SHARED)
-            durable.run(shared_id(nr), order, shared_id(nr), nr)
-        else:
-            seed = chance.getrandbits(32)
-            id = f"own-{os.getpid()}-{seed:x}"
-            durable.run(id, order, id, seed)
-    except AlreadyRunning as error:
-        if error.id.startswith(f"own-{os.getpid()}-"):
-            raise  # a new id of our own: whoever has it is we ourselves
-    except (LeaseLost, StoreUnavailable) as error:
-        notes.add("met", type(error).__name__)
-    except (ConnectionResetError, psycopg.OperationalError) as error:
-        notes.add("met", type(error).__name__)  # raised by a body, recorded, and tried again
-
-
-def is_calm(setup: Setup) -> bool:
-    return Path(setup.folder, "calm").exists()
+AMPLE = 8  # enough for nobody to wait for one, in locks that an interrupt may leave locked
 
 
 def work(setup: Setup) -> None:
@@ -187,38 +36,17 @@ def work(setup: Setup) -> None:
     chance = random.Random(setup.seed)
     with connect(setup) as store:
         durable = durable_on(store, setup)
-        while not is_calm(setup):
+        if setup.limited:
+            limited_turns(durable, setup, chance)
+        while not is_calm():
             one_turn(durable, chance)
             time.sleep(chance.random() * setup.idle)
         finish(durable)
+        if workload.hasty is not None:
+            workload.hasty.threads.shutdown()
+        if setup.roll_call:
+            roll_call(store, setup.pool)
     left_over()
-
-
-def finish(durable: Durable) -> None:
-    """Resume until nothing is unfinished, or all that is pauses for long after a failure."""
-    enough = time.monotonic() + LONG_PAUSE
-    while True:
-        try:
-            durable.resume_pending(limit=5)
-            running, failed = (durable.store.list(status=s, limit=1) for s in ("running", "failed"))
-            if not running and not (failed and time.monotonic() < enough):
-                return
-        except StoreUnavailable:
-            notes.add("met", "StoreUnavailable")
-        time.sleep(0.05)
-
-
-def left_over() -> None:
-    """Note the threads that are still there a while after the store was closed."""
-    deadline = time.monotonic() + 10
-    while threading.active_count() > 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    for thread in threading.enumerate():
-        if thread is not threading.main_thread():
-            notes.add("thread", thread.name.replace(" ", "_"))
-
-
-# -- ways to fare --------------------------------------------------------------------------
 
 
 def die_at(moment: str, number: int) -> None:
@@ -238,96 +66,59 @@ def die_at(moment: str, number: int) -> None:
     psycopg.Connection.wait = counted
 
 
-def fork_under_load(setup: Setup) -> None:
-    """Keep a thread inside the store, and fork beside it: what a prefork server never should do."""
-    chance = random.Random(setup.seed)
-    inside = threading.Event()
-
-    def load(durable: Durable) -> None:
-        mine = random.Random(setup.seed + 1)
-        while not is_calm(setup):
-            one_turn(durable, mine)
-            inside.set()
-
-    with connect(setup) as store:
-        durable = durable_on(store, setup)
-        thread = threading.Thread(target=load, args=(durable,))
-        thread.start()
-        inside.wait(60)
-        for nr in itertools.count():
-            if is_calm(setup):
-                break
-            seed = chance.getrandbits(32)
-            _fork(("fork", "multiprocessing", "fork", "spawn")[nr % 4], durable, setup, seed)
-        thread.join()
-        finish(durable)
-    left_over()
-
-
-def _fork(kind: str, durable: Durable, setup: Setup, seed: int) -> None:
-    if kind == "fork":
-        child = _Forked(lambda: in_child(durable, seed))
-    else:
-        context = multiprocessing.get_context("spawn" if kind == "spawn" else "fork")
-        target, args = (spawned, (setup, seed)) if kind == "spawn" else (in_child, (durable, seed))
-        child = context.Process(target=target, args=args)
-        child.start()
-    child.join(60)
-    notes.add("forked", kind, child.exitcode)
-    if child.exitcode is None:
-        child.kill()
-        child.join()
-
-
-class _Forked:
-    """A bare ``os.fork`` with the face of a ``multiprocessing.Process``."""
-
-    exitcode: int | None = None
-
-    def __init__(self, target: Callable[[], None]) -> None:
-        self._pid = os.fork()
-        if self._pid == 0:
-            code = 1
+def limited_turns(durable: Durable, setup: Setup, chance: random.Random) -> None:
+    """Take turns that a signal handler may end at any moment; no lease may be left by one."""
+    # What is raised inside a finalizer, Python swallows, and says so.
+    sys.unraisablehook = lambda unraisable: None
+    roll_call(durable.store, setup.pool)  # has all connections opened
+    ours = "SELECT workflow_id FROM awaitly_workflow_lock WHERE owner_token LIKE %s"
+    with psycopg.connect(setup.url, autocommit=True) as db, soft_limits(chance):
+        while not is_calm():
             try:
-                target()
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            os._exit(code)
-
-    def join(self, timeout: float | None = None) -> None:
-        deadline = time.monotonic() + (timeout or 60)
-        while self.exitcode is None and time.monotonic() < deadline:
-            pid, status = os.waitpid(self._pid, os.WNOHANG)
-            if pid:
-                self.exitcode = os.waitstatus_to_exitcode(status)
-            else:
-                time.sleep(0.005)
-
-    def kill(self) -> None:
-        os.kill(self._pid, signal.SIGKILL)
+                if chance.random() < 0.2:
+                    signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0002, 0.05))
+                one_turn(durable, chance)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except (TimeLimit, KeyboardInterrupt):
+                pass
+            for (id,) in db.execute(ours, (f"%:{os.getpid()}:%",)).fetchall():
+                workload.notes.add("lease", id)
 
 
-def in_child(durable: Durable, seed: int) -> None:
-    """Use the store that was open at the fork. Its pool is not ours; we get one."""
-    os.environ["PGAPPNAME"] = f"faults-{os.getpid()}"
-    chance = random.Random(seed)
-    for _ in range(3):
-        one_turn(durable, chance)
-    durable.store.close()
+@contextmanager
+def soft_limits(chance: random.Random) -> Iterator[None]:
+    """Have SIGALRM raise in the main thread, and have it come when a COMMIT is about to be sent."""
+    leave = psycopg.Transaction.__exit__
+    committing = False
 
+    def leave_interrupted(self: Any, *error: Any) -> Any:
+        nonlocal committing
+        if threading.current_thread() is not threading.main_thread():
+            return leave(self, *error)  # it may outlive its run, and so would its signal
+        committing = error[0] is None
+        try:
+            if committing and chance.random() < 0.15:
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.00001, 0.004))
+            return leave(self, *error)
+        finally:
+            committing = False
 
-def spawned(setup: Setup, seed: int) -> None:
-    global notes
-    notes = Notes(setup.folder)
-    store = connect(setup)
-    in_child(durable_on(store, setup), seed)
+    def interrupt(number: int, frame: object) -> None:
+        workload.notes.add("interrupted", "commit" if committing else "elsewhere")
+        raise chance.choice((TimeLimit, KeyboardInterrupt))
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    psycopg.Transaction.__exit__ = leave_interrupted
+    try:
+        yield
+    finally:
+        psycopg.Transaction.__exit__ = leave
+        signal.signal(signal.SIGALRM, before)
 
 
 def main(setup: Setup) -> None:
     """Be a worker; what it must not meet is noted as ``broke``."""
-    global notes, slow
-    notes, slow = Notes(setup.folder), setup.slow
+    workload.begin(setup)
     logging.getLogger("psycopg").setLevel(logging.CRITICAL)  # it tells of each fault
     random.seed(f"{setup.seed}-{os.getpid()}")
     try:
@@ -335,7 +126,7 @@ def main(setup: Setup) -> None:
             die_at(*setup.dies)
         (fork_under_load if setup.forks else work)(setup)
     except BaseException as error:
-        notes.add("broke", repr(error).replace("\n", " "))
+        workload.notes.add("broke", repr(error).replace("\n", " "))
         traceback.print_exc()
 
 

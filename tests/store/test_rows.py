@@ -13,8 +13,8 @@ import pytest
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowSuspended
 from awaitly_postgres.store.rows import (
-    RunRow,
-    StepRow,
+    RunInfo,
+    StepInfo,
     elide,
     elide_steps,
     printable,
@@ -33,7 +33,7 @@ def document(status: str = "running", **metadata: Any) -> dict[str, Any]:
     return {"formatVersion": 1, "steps": {}, "execution": execution, "metadata": metadata}
 
 
-def row_of(store: SnapshotStore, id: str) -> RunRow:
+def row_of(store: SnapshotStore, id: str) -> RunInfo:
     (row,) = store.details([id])
     return row
 
@@ -196,15 +196,15 @@ def test_a_failure_is_told_with_its_causes() -> None:
     assert reasons(failure) == ("CardDeclined", "KeyError: 'card'", "string")
     assert reasons({"stringRepresentation": "NOT_FOUND"}) == ("NOT_FOUND",)
     assert reasons("text") == reasons(None) == ()
-    step = StepRow.from_json("a", {"ok": False, "error": {"code": 7}, "cause": None})
+    step = StepInfo.from_json("a", {"ok": False, "error": {"code": 7}, "cause": None})
     assert step.reasons == ('{"code": 7}',)
-    assert StepRow.from_json("a", {"ok": True, "value": 1}).reasons == ()
+    assert StepInfo.from_json("a", {"ok": True, "value": 1}).reasons == ()
 
 
 def test_of_many_steps_the_telling_ones_are_chosen() -> None:
     """Few are all shown; of many the ends, what failed, and what took long."""
-    steps = [StepRow.from_json(f"s{i}", {"ok": i != 70, "value": i}) for i in range(100)]
-    steps[40] = StepRow.from_json("long", {"ok": True, "meta": {"durationMs": 9000}})
+    steps = [StepInfo.from_json(f"s{i}", {"ok": i != 70, "value": i}) for i in range(100)]
+    steps[40] = StepInfo.from_json("long", {"ok": True, "meta": {"durationMs": 9000}})
     assert elide_steps(steps, 100) == [*range(100)]
     assert elide_steps(steps, 99) == [*range(10), 40, 70, *range(90, 100)]
     assert elide_steps([], 60) == []

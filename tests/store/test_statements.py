@@ -173,8 +173,8 @@ WRITES = [
     *("finish", "finish_and_fold"),
     *("append", "append_in_transaction", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),
-    *("discard", "delete", "cancel", "signal", "acquire", "take_over", "save_under_lease"),
-    *("renew", "release"),
+    *("discard", "delete", "cancel", "rewind", "signal"),
+    *("acquire", "take_over", "save_under_lease", "renew", "release"),
 ]
 READS_AND_HOUSEKEEPING = [
     *(
@@ -187,9 +187,11 @@ READS_AND_HOUSEKEEPING = [
         "holder",
         "now",
         "list",
-        "details",
+        "runs",
+        "get",
     ),
-    *("pending", "retry_at", "stats", "prunable", "delete_many", "delete_many_journals"),
+    *("pending", "retry_at", "unfinished", "stats", "prunable"),
+    *("delete_many", "delete_many_journals"),
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
 ]
 NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}

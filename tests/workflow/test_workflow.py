@@ -934,3 +934,47 @@ def test_memory_needs_no_database() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     assert done.stdout.split() == [b"0"]
+
+
+def test_a_failed_durable_snapshot_completed_in_memory_is_not_failed_any_more() -> None:
+    """What held for the failure alone leaves the metadata, whoever recorded it."""
+    of_the_failure = {
+        "failure": {"type": "error", "name": "Declined", "message": ""},
+        "failures": {},
+        "wakeAt": "2026-01-01T00:00:00.000Z",
+        "waits": {"approve": None},
+        "settled": 3,
+    }
+    run = Workflow(
+        lambda step: step("a", str),
+        name="order",
+        snapshot=WorkflowSnapshot.from_json(
+            {
+                "formatVersion": 1,
+                "steps": {},
+                "execution": {"status": "failed", "lastUpdated": "2026-01-01T00:00:00.000Z"},
+                "metadata": {"workflow": "order", "tenant": "acme", **of_the_failure},
+            }
+        ),
+    )
+    run()
+    assert run.status == "completed"
+    assert run.snapshot().metadata == {
+        "workflow": "order",
+        "version": 1,
+        "tenant": "acme",
+        "lastStepKey": "a",
+    }
+
+
+@pytest.mark.parametrize("mismatch", [{"name": "other"}, {"name": "order", "version": 2}])
+def test_a_snapshot_of_another_workflow_is_refused_in_words_for_memory(
+    mismatch: dict[str, Any],
+) -> None:
+    """There is no id here, and nothing to call ``delete_state`` on."""
+    run = Workflow(lambda step: 1, name="order")
+    run()
+    with pytest.raises((WorkflowConflict, VersionMismatch)) as refused:
+        Workflow(lambda step: 1, snapshot=run.snapshot(), **mismatch)
+    assert "snapshot" in str(refused.value)
+    assert "delete_state" not in str(refused.value)

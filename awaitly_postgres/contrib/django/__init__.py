@@ -1,7 +1,7 @@
 """The store on Django's database, and durable runs over the ORM.
 
-Put ``"awaitly_postgres.contrib.django"`` into ``INSTALLED_APPS``: ``migrate`` then makes the
-tables, ``resume_workflows`` finishes what is pending, and the admin shows it. In a module of yours:
+Add ``"awaitly_postgres.contrib.django"`` to ``INSTALLED_APPS``: ``migrate`` then creates the
+tables, ``resume_workflows`` resumes pending runs, and the admin shows all runs. In your own module:
 
     from awaitly_postgres import Durable
     from awaitly_postgres.contrib.django import atomic, connection, store
@@ -11,7 +11,7 @@ tables, ``resume_workflows`` finishes what is pending, and the admin shows it. I
     with transaction.atomic():                       # in a view: accepted if the block commits
         durable.submit("checkout-1", checkout, 1, conn=connection())
 
-    step.transaction("take-stock", take_stock, 1)    # in a workflow: the ORM is in the transaction
+    step.transaction("take-stock", take_stock, 1)    # in a workflow: the ORM writes commit with it
 """
 
 from __future__ import annotations
@@ -38,21 +38,26 @@ __all__ = ["atomic", "connection", "store"]
 
 
 def store(using: str = "default", **options: Any) -> SnapshotStore:
-    """Make a `SnapshotStore` on the database that Django's settings call ``using``.
+    """Return a `SnapshotStore` on one of the databases in Django's settings.
 
-    It has a pool of its own, so that a checkpoint is committed whatever the view's transaction
-    does; or it takes connections from Django's own pool where ``OPTIONS["pool"]`` asks for one
-    (Django 5.1+), which then needs two for each thread. The settings are read at first use, so
-    tests run on the test database.
+    The store has its own pool, so that a checkpoint is committed whatever the view's transaction
+    does. If ``OPTIONS["pool"]`` is set (Django 5.1+), it takes connections from Django's pool
+    instead, which then needs two for each thread. The settings are read on first use, so tests run
+    on the test database.
 
     Args:
         using: the alias in ``DATABASES``.
-        options: those of `postgres`. ``auto_create_table`` is off: ``migrate`` makes the tables.
+        options: those of `postgres`; ``auto_create_table`` is False by default here, because
+            ``migrate`` creates the tables.
+
+    Raises:
+        ImproperlyConfigured: the database is not PostgreSQL.
     """
     wrapper = connections[using]
     if wrapper.vendor != "postgresql":
         raise ImproperlyConfigured(f"the database {using!r} is {wrapper.vendor}, not PostgreSQL")
-    # Django's reason to turn prepared statements off, a pooler in between, is seen at connecting.
+    # Django turns prepared statements off by default, because of poolers. The store does not: it
+    # notices a pooler when it connects. So only a value set by the user is passed on.
     kwargs = {k: v for k, v in wrapper.settings_dict["OPTIONS"].items() if k == "prepare_threshold"}
     kwargs |= options.pop("kwargs", None) or {}
     sizes = {name: options.pop(name) for name in ("min_size", "max_size") if name in options}
@@ -61,7 +66,13 @@ def store(using: str = "default", **options: Any) -> SnapshotStore:
 
 
 def connection(using: str = "default") -> Connection:
-    """Return Django's psycopg connection, for ``conn=``: what is done there joins ``atomic()``."""
+    """Return Django's psycopg connection, to be passed as ``conn=``.
+
+    What is done on it is part of the ``transaction.atomic()`` block that is open there, if any.
+
+    Args:
+        using: the alias in ``DATABASES``.
+    """
     wrapper = connections[using]
     wrapper.ensure_connection()
     return cast(Connection, wrapper.connection)
@@ -69,10 +80,16 @@ def connection(using: str = "default") -> Connection:
 
 @contextmanager
 def atomic(using: str = "default") -> Iterator[Connection]:
-    """Open a transaction for ``step.transaction`` on Django's connection: the ORM works inside.
+    """Open a transaction for ``step.transaction`` on Django's connection, so that the ORM is in it.
 
-    For ``Durable(transaction=atomic)``. Raises RuntimeError inside ``transaction.atomic()``, where
-    nothing would be committed.
+    For ``Durable(transaction=atomic)``.
+
+    Args:
+        using: the alias in ``DATABASES``.
+
+    Raises:
+        RuntimeError: a ``transaction.atomic()`` block is open, so leaving this one would not
+            commit; or the step marked the transaction for rollback.
     """
     wrapper = connections[using]
     if wrapper.in_atomic_block:
@@ -91,10 +108,11 @@ def atomic(using: str = "default") -> Iterator[Connection]:
             if transactions.get_rollback(using=using):
                 raise RuntimeError(
                     "the step marked its transaction for rollback (set_rollback), so there is "
-                    "nothing to record; raise an exception of your own, or return"
+                    "nothing to record; raise an exception to fail the step, or return a value"
                 )
     except django.db.Error as error:
-        # Opening is tried again while the server is away, which takes psycopg's own error.
+        # `Database.transaction` retries the opening while the server is away; it recognizes that by
+        # psycopg's own error, not by Django's.
         if opened or not isinstance(error.__cause__, psycopg.Error):
             raise
         raise error.__cause__ from error
@@ -102,12 +120,12 @@ def atomic(using: str = "default") -> Iterator[Connection]:
 
 @attrs.define(eq=False)
 class _DjangoPool(OwnPool):
-    """Django's own pool where its settings ask for one, else one by its settings; at first use."""
+    """Django's own pool if its settings ask for one, else a pool made from them, on first use."""
 
     using: str = attrs.field(kw_only=True)
 
     def refuse_to_run_here(self) -> None:
-        """Raise inside a transaction of Django's: its rollback would undo what steps have done."""
+        """Raise inside a transaction of Django's: its rollback would undo what the steps wrote."""
         for wrapper in connections.all(initialized_only=True):
             if wrapper.in_atomic_block:
                 raise RuntimeError(
@@ -122,13 +140,13 @@ class _DjangoPool(OwnPool):
         pool = getattr(connections[self.using], "pool", None)
         if pool is None:
             return super()._open()
-        pool.open()  # which does nothing but the first time; Django may have made a new one
+        pool.open()  # does nothing if it is open; Django may have made a new one since
         self._pool = pool
         return self._pool
 
 
 def _conninfo(using: str) -> str:
-    """Write Django's settings as libpq's, leaving out what is meant for Django or for psycopg."""
+    """Return Django's settings as a libpq conninfo, without those meant for Django or psycopg."""
     wrapper = connections[using]
     known = {option.keyword.decode() for option in psycopg.pq.Conninfo.get_defaults()}
     params = {k: v for k, v in wrapper.get_connection_params().items() if k in known}

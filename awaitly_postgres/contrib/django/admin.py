@@ -1,4 +1,4 @@
-"""Read-only pages on what is stored: a list, and the timeline of one workflow."""
+"""Read-only admin pages: the list of workflows, and the timeline of one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from django.utils.html import format_html
 from django.utils.timesince import timesince
 
 from ... import SnapshotFormatError, postgres
-from ...store.rows import RunRow, StepRow, elide, elide_steps, reasons, steps_of
+from ...store.rows import RunInfo, StepInfo, elide, elide_steps, reasons, steps_of
 from . import connection
 from .models import Workflow
 
@@ -31,25 +31,25 @@ _HELD = (
     "AND l.expires_at > clock_timestamp())"
 )
 _STATUS = "(awaitly_snapshots.snapshot->'execution'->>'status')"
-_PENDING = f"NULLIF({_STATUS} = 'completed', false) IS NULL"  # as the partial index has it
+_PENDING = f"NULLIF({_STATUS} = 'completed', false) IS NULL"  # as in the partial index
 _FILTERS = {
     "running": f"{_PENDING} AND {_HELD}",
     "pending": f"{_PENDING} AND NOT {_HELD} AND {_STATUS} IS DISTINCT FROM 'failed'",
     "failed": f"{_PENDING} AND NOT {_HELD} AND {_STATUS} = 'failed'",
     "completed": f"{_STATUS} = 'completed'",
 }
-_MANY = 500  # steps up to which a timeline shows them all
+_MANY = 500  # steps; a longer timeline leaves some out
 _MOST_TEXT = 5_000  # characters of one value
 
 
 @frozen
 class Bar:
-    """One step of the timeline; ``left`` and ``width`` are per cent of the whole.
+    """One step of the timeline; ``left`` and ``width`` are in per cent of the whole.
 
-    ``hidden`` is how many steps before it are not shown.
+    ``hidden`` is the number of steps left out before it.
     """
 
-    step: StepRow
+    step: StepInfo
     duration: str
     left: str
     width: str
@@ -58,7 +58,7 @@ class Bar:
 
 
 class _List(ChangeList):
-    """Asks where the workflows of one page stand, in one statement."""
+    """Reads the state of all workflows on the page in one statement."""
 
     result_list: Any
 
@@ -67,7 +67,7 @@ class _List(ChangeList):
         ids = [workflow.id for workflow in self.result_list]
         rows = _store.details(ids, conn=connection(self.root_queryset.db))
         found = {row.id: row for row in rows}
-        # What was deleted in between is gone from the page as well.
+        # A workflow deleted between the two statements is left out of the page.
         self.result_list = [w for w in self.result_list if w.id in found]
         for workflow in self.result_list:
             workflow.row = found[workflow.id]
@@ -89,7 +89,7 @@ class _StateFilter(admin.SimpleListFilter):
 
 @admin.register(Workflow)
 class WorkflowAdmin(admin.ModelAdmin):
-    """Shows workflows; there is nothing here that changes them."""
+    """Shows workflows; nothing here changes them."""
 
     list_display = ("id", "workflow", "steps", "age", "state")
     list_filter = (_StateFilter,)
@@ -103,41 +103,41 @@ class WorkflowAdmin(admin.ModelAdmin):
         css = {"all": ("awaitly/workflow.css",)}  # noqa: RUF012
 
     def has_add_permission(self, request: Any) -> bool:
-        """Nobody may."""
+        """Return False: these pages are read-only."""
         return False
 
     def has_change_permission(self, request: Any, obj: Any = None) -> bool:
-        """Nobody may."""
+        """Return False: these pages are read-only."""
         return False
 
     def has_delete_permission(self, request: Any, obj: Any = None) -> bool:
-        """Nobody may."""
+        """Return False: these pages are read-only."""
         return False
 
     def get_queryset(self, request: Any) -> Any:
-        """Leave the snapshots in the database; a list needs none of them."""
+        """Leave the snapshots in the database: the list does not need them."""
         return super().get_queryset(request).defer("snapshot")
 
     def get_changelist(self, request: Any, **kwargs: Any) -> type[ChangeList]:
-        """Use the list that knows where workflows stand."""
+        """Use the list that also reads the state of each workflow."""
         return _List
 
     def workflow(self, obj: Any) -> str:
-        """The name of its function."""
+        """Return the name of the workflow."""
         return obj.row.workflow or "–"
 
     def steps(self, obj: Any) -> int:
-        """How many are recorded."""
+        """Return the number of recorded steps."""
         return int(obj.row.step_count)
 
     @admin.display(description="written", ordering="updated_at")
     def age(self, obj: Any) -> str:
-        """How long ago."""
+        """Return how long ago the row was written."""
         time = f"{obj.row.updated_at:%Y-%m-%d %H:%M:%S} UTC"
         return str(format_html('<span title="{}">{}</span>', time, _age(obj.row)))
 
     def state(self, obj: Any) -> str:
-        """One word in its colour, and who works on it or when it can be resumed."""
+        """Return the state in its colour, and who holds the lease or when it can be resumed."""
         state, lease = _state(obj.row), _lease(obj.row)
         badge = format_html('<span class="awaitly-state {0}">{0}</span>', state)
         return str(badge if lease == "free" else format_html("{} <small>{}</small>", badge, lease))
@@ -156,7 +156,7 @@ class WorkflowAdmin(admin.ModelAdmin):
             snapshot = _store.load(id, conn=conn) if rows else None
         except SnapshotFormatError as error:
             faults = error.errors
-        except ValueError as error:  # an id that others have made, and that is none here
+        except ValueError as error:  # written by other software, under an id not valid here
             faults = [str(error)]
         if snapshot is None and not faults:
             raise Http404(f"no workflow is stored as {id!r}")
@@ -182,38 +182,38 @@ class WorkflowAdmin(admin.ModelAdmin):
         return TemplateResponse(request, "admin/awaitly/workflow/timeline.html", context)
 
 
-def _state(row: RunRow) -> str:
-    """Say in one word where it stands, and of what is unfinished where it came from."""
+def _state(row: RunInfo) -> str:
+    """Return the state in one word; for an unfinished run that is idle, how it got there."""
     if row.state in ("completed", "cancelled", "running"):
         return row.state
     if row.status == "failed":
         return "failed"
     if row.workflow is None:
-        return "saved"  # by hand, or by Node: there is nothing to resume it with
+        return "saved"  # by hand, or by Node: it names no workflow to resume it with
     if row.waits_for:
         return "suspended"
-    return "submitted" if row.metadata.get("attempts") == 0 else "interrupted"
+    return "submitted" if row.attempts == 0 else "interrupted"
 
 
-def _lease(row: RunRow) -> str:
-    """Say who holds it, or what is to come."""
+def _lease(row: RunInfo) -> str:
+    """Return who holds the lease, or when the run can be resumed."""
     if row.held_until is not None:
-        return f"locked by {row.held_by} for {_span(row.now, row.held_until)}"
+        return f"locked by {row.held_by} for {_span(row.seen_at, row.held_until)}"
     if _state(row) in ("completed", "cancelled", "saved"):
         return "free"
     if row.is_due:
         return "resumable now"
     if row.next_at is None:
         return f"waits for {', '.join(row.waits_for)}"
-    return f"resumable in {_span(row.now, row.next_at)}"
+    return f"resumable in {_span(row.seen_at, row.next_at)}"
 
 
-def _age(row: RunRow) -> str:
-    return f"{_span(row.updated_at, row.now)} ago"
+def _age(row: RunInfo) -> str:
+    return f"{_span(row.updated_at, row.seen_at)} ago"
 
 
-def _timeline(steps: Sequence[StepRow]) -> Iterator[Bar]:
-    """Lay the steps out over the time from the first start to the last end."""
+def _timeline(steps: Sequence[StepInfo]) -> Iterator[Bar]:
+    """Place the steps on an axis from the first start to the last end."""
     starts = [step.started_at.timestamp() if step.started_at else None for step in steps]
     measured = [(at, at + s.seconds) for at, s in zip(starts, steps, strict=True) if at is not None]
     begin = min((at for at, _ in measured), default=0.0)

@@ -4,7 +4,7 @@ from django.apps import AppConfig
 
 
 class AwaitlyConfig(AppConfig):
-    """Brings the tables, the command and the admin pages."""
+    """Provides the migration, the management command and the admin pages."""
 
     name = "awaitly_postgres.contrib.django"
     label = "awaitly"

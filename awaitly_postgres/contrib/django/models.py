@@ -1,4 +1,4 @@
-"""What is stored, for the admin to read."""
+"""The model of a stored run, for the admin."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Workflow(models.Model):
     updated_at = models.DateTimeField(null=True)
 
     class Meta:
-        """The table is the store's."""
+        """Not managed: the table belongs to the store."""
 
         managed = False
         db_table = "awaitly_snapshots"

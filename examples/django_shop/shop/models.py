@@ -15,7 +15,7 @@ class Product(models.Model):
 
 
 class Order(models.Model):
-    """What somebody wants. Its id comes from the form, so that a second click is the same order."""
+    """An order. Its id comes from the form, so that a second click is the same order."""
 
     id = models.UUIDField(primary_key=True)
     product = models.ForeignKey(Product, on_delete=models.PROTECT)

@@ -17,10 +17,10 @@ INSTALLED_APPS = [
     "django.contrib.messages",
     "django.contrib.sessions",
     "django.contrib.staticfiles",
-    "awaitly_postgres.contrib.django",  # migrate makes the tables; the command; the admin pages
+    "awaitly_postgres.contrib.django",  # its tables, its command and its admin pages
     "shop",
 ]
-AWAITLY_DURABLE = "shop.workflows.durable"  # what resume_workflows resumes
+AWAITLY_DURABLE = "shop.workflows.durable"  # the Durable of resume_workflows
 
 _options = conninfo_to_dict(os.environ.get("DATABASE_URL", "postgresql://localhost/shop"))
 _settings = {"NAME": "dbname", "USER": "user", "PASSWORD": "password", "HOST": "host"}

@@ -15,23 +15,23 @@ from .workflows import checkout, durable
 
 @require_safe
 def home(request: HttpRequest) -> HttpResponse:
-    """Show what there is, each with a form whose id makes its order unique."""
+    """Show the products, each with a form that carries the id of a new order."""
     products = [(product, uuid.uuid4()) for product in Product.objects.order_by("name")]
     return render(request, "shop/home.html", {"products": products})
 
 
 @require_http_methods(["GET", "HEAD", "POST"])
 def order(request: HttpRequest, id: uuid.UUID) -> HttpResponse:
-    """Accept an order, or show it. A repeated POST finds the order that the first one made."""
+    """Accept an order, or show it. A repeated POST finds the order that the first one created."""
     if request.method == "POST":
         try:
             product = Product.objects.get(pk=request.POST["product"])
             quantity = int(request.POST.get("quantity", 1))
         except (KeyError, ValueError, Product.DoesNotExist):
-            return HttpResponseBadRequest("which product, and how many?")
+            return HttpResponseBadRequest("product must be the id of a product, quantity a number")
         if not 1 <= quantity <= 100:
-            return HttpResponseBadRequest("from 1 to 100")
-        with transaction.atomic():  # both or neither: the order and the promise to work on it
+            return HttpResponseBadRequest("quantity must be from 1 to 100")
+        with transaction.atomic():  # both the order and its workflow are stored, or neither is
             made, _ = Order.objects.get_or_create(
                 pk=id, defaults={"product": product, "quantity": quantity}
             )

@@ -1,4 +1,4 @@
-"""What happens to an order after it is accepted, each step once."""
+"""The workflow of an order after it was accepted."""
 
 from django.db.models import F
 
@@ -20,7 +20,7 @@ def checkout(step: Step, order_id: str) -> dict:
 
 
 def take_stock(conn, order_id: str) -> int:
-    """Decrement the stock over the ORM, in the transaction that records the step."""
+    """Decrement the stock through the ORM, in the transaction that records the step."""
     order = Order.objects.select_related("product").get(pk=order_id)
     Product.objects.filter(pk=order.product_id).update(stock=F("stock") - order.quantity)
     return order.quantity * order.product.cents
@@ -32,5 +32,5 @@ def charge_card(cents: int, idempotency_key: str) -> str:
 
 
 def note_payment(conn, order_id: str, payment: str) -> None:
-    """Write the receipt onto the order."""
+    """Store the receipt with the order."""
     Order.objects.filter(pk=order_id).update(payment=payment)

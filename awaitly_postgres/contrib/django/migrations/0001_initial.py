@@ -1,4 +1,4 @@
-"""The store's tables, under its default names. Tables that are there already stay as they are."""
+"""The store's tables, under their default names. Existing tables are left as they are."""
 
 from django.db import migrations, models
 
@@ -6,7 +6,7 @@ from awaitly_postgres import postgres
 
 
 class RunOnPostgres(migrations.RunSQL):
-    """Does nothing on other databases, of which a project may have some."""
+    """Does nothing on databases other than PostgreSQL, which a project may also have."""
 
     def database_forwards(self, app_label, schema_editor, from_state, to_state):  # type: ignore[no-untyped-def]
         """Run the SQL, or print it for ``sqlmigrate``."""
@@ -20,7 +20,7 @@ class RunOnPostgres(migrations.RunSQL):
 
 
 class Migration(migrations.Migration):
-    """Make the tables, and the model that reads them."""
+    """Create the tables, and the model that reads them."""
 
     initial = True
     operations = [  # noqa: RUF012

@@ -5,7 +5,7 @@ from django.db import migrations, models
 
 
 class Migration(migrations.Migration):
-    """Make them."""
+    """Create them."""
 
     initial = True
     operations = [  # noqa: RUF012

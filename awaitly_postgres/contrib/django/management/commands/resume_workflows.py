@@ -1,4 +1,4 @@
-"""``manage.py resume_workflows``: finish what crashed, failed or was submitted. For cron."""
+"""``manage.py resume_workflows``: resume runs that crashed, failed or were submitted. For cron."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from awaitly_postgres.store.rows import printable
 
 
 class Command(BaseCommand):
-    """Quiet unless something fails or somebody watches; exit status 1 if anything failed."""
+    """Prints failures only, unless on a terminal or verbose; exit status 1 if anything failed."""
 
     help = "Finish pending workflows: crashed, failed and submitted ones."
 
     def add_arguments(self, parser: Any) -> None:
-        """Say where the Durable is, and which of its runs to resume."""
+        """Add the arguments: the Durable, and which of its runs to resume."""
         parser.add_argument(
             "durable",
             nargs="?",
@@ -28,7 +28,7 @@ class Command(BaseCommand):
         parser.add_argument("--limit", type=int, default=100, help="at most this many (100)")
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Resume, and report each workflow as it ends."""
+        """Resume pending runs, and report each as it ends."""
         durable = _durable(options["durable"] or getattr(settings, "AWAITLY_DURABLE", None))
         watched = self.stdout.isatty() or options["verbosity"] > 1
         styles = {"completed": self.style.SUCCESS, "suspended": self.style.WARNING}

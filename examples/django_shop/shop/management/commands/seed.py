@@ -1,4 +1,4 @@
-"""``manage.py seed``: something to try the shop out with."""
+"""``manage.py seed``: data to try the shop with."""
 
 from typing import Any
 
@@ -9,12 +9,12 @@ from shop.models import Product
 
 
 class Command(BaseCommand):
-    """Makes three products and an admin, unless they are there."""
+    """Creates three products and an admin user, unless they exist."""
 
-    help = "Make three products, and an admin called admin with the password admin."
+    help = "Create three products, and an admin user called admin with the password admin."
 
     def handle(self, *args: Any, **options: Any) -> None:
-        """Make them."""
+        """Create what is missing."""
         for name, cents in (("Tea", 450), ("Teapot", 3900), ("Tea cosy", 1850)):
             Product.objects.get_or_create(name=name, defaults={"cents": cents, "stock": 10})
         users = get_user_model().objects

@@ -1,0 +1,155 @@
+"""Before a deploy: whether today's code can go on with every unfinished run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from attrs import define, frozen
+
+from .. import _json
+from ..errors import SnapshotFormatError, VersionMismatch, WorkflowDrift, WorkflowNotFound
+from ..snapshot import WorkflowSnapshot, as_mapping
+from ..store.rows import SnapshotInfo, is_input
+from ..workflow.codec import decode_input
+from ..workflow.history import History
+from ..workflow.replay import FirstNewStep, Replay
+from ..workflow.step import Step
+from .options import Options
+from .registry import Entry
+
+_PAGE = 500
+
+
+@frozen
+class Problem:
+    """Why today's code cannot go on with a run: `Durable.check`.
+
+    ``kind`` is one of
+
+    - ``"drift"``: the code does not ask for the recorded steps in their order;
+    - ``"version"``: the run has another version of the workflow, or cannot be migrated;
+    - ``"unregistered"``: no workflow is registered here under the name that the run has;
+    - ``"undecodable"``: the snapshot, the input, or the value of a step cannot be decoded;
+    - ``"error"``: the code between the recorded steps raises, which it did not before.
+
+    ``key`` is the step that the code asked for, or whose value cannot be decoded; None if there is
+    no such step.
+    """
+
+    id: str
+    workflow: str | None
+    kind: Literal["drift", "version", "unregistered", "undecodable", "error"]
+    message: str
+    key: str | None = None
+
+
+@define(eq=False, slots=False)
+class Checking(Options):
+    """The part of `Durable` that holds stored runs against the code."""
+
+    def check(self, prefix: str = "") -> list[Problem]:
+        """Replay every unfinished run against today's code, up to its first new step.
+
+        No step runs, nothing is written, and no lease is taken, so it may look at a database in
+        production, whose runs go on meanwhile. The code between the steps does run, as it does
+        whenever a run is resumed, and so does a function given as ``on_version_mismatch``.
+
+        Steps in threads that the workflow starts are checked as far as the replay comes: what they
+        have recorded and no thread asks for is drift only when the function returns.
+
+        Args:
+            prefix: only ids that start with exactly this.
+
+        Returns:
+            A `Problem` for each run that could not go on. Runs that were cancelled or given up, and
+            snapshots that were saved by hand or by Node, are not looked at.
+
+        Raises:
+            StoreUnavailable: the database could not be reached.
+        """
+        found: dict[str, Problem] = {}
+        for info in self._unfinished(prefix):
+            # A run that is written meanwhile comes once more, and what is found then counts.
+            found.pop(info.id, None)
+            if (problem := self._problem(info.id)) is not None:
+                found[info.id] = problem
+        return [*found.values()]
+
+    def _unfinished(self, prefix: str) -> Iterator[SnapshotInfo]:
+        store = self.store
+        last: SnapshotInfo | None = None
+        more = True
+        while more:
+            params = {
+                **store._range(prefix),
+                "behind_time": last and last.updated_at.isoformat(),
+                "behind_id": last and store.prefix + last.id,
+                "limit": _PAGE,
+            }
+            # As for pending: with the values at hand, the planner would sort all that there is.
+            page = store._infos(store._sql.unfinished, params, custom_plan=False)
+            yield from page
+            # Not until a page is empty: runs that are at work come again and again.
+            more = len(page) == _PAGE
+            last = page[-1] if page else None
+
+    def _problem(self, id: str) -> Problem | None:
+        """Load one run, so that memory holds one at a time, and replay it."""
+        try:
+            snapshot = self.store.load(id)
+        except SnapshotFormatError as error:
+            return Problem(id, None, "undecodable", str(error))
+        metadata = as_mapping(snapshot and snapshot.metadata)
+        name, input = metadata.get("workflow"), metadata.get("input")
+        if snapshot is None or snapshot.execution.status == "completed":
+            return None  # meanwhile
+        if not isinstance(name, str) or not is_input(input):
+            return None  # whoever resumes it has to say with what
+        entry = self._workflows.get(name)
+        if entry is None:
+            return Problem(id, name, "unregistered", str(WorkflowNotFound(id, name)))
+        try:
+            ours = entry.at_its_version(id, snapshot)
+        except VersionMismatch as error:
+            return Problem(id, name, "version", str(error))
+        except Exception as error:
+            message = f"on_version_mismatch of {name!r} failed: {_told(error)}"
+            return Problem(id, name, "version", message)
+        return self._replay(id, entry, ours, metadata)
+
+    def _replay(
+        self,
+        id: str,
+        entry: Entry,
+        snapshot: WorkflowSnapshot | None,
+        metadata: Mapping[str, Any],
+    ) -> Problem | None:
+        history = History() if snapshot is None else History.of(snapshot)
+        replay = Replay(entry.name, id, self.codec, None, self.on_drift, None, history)
+        input = _json.as_stored(_json.dumps(metadata["input"]))
+        try:
+            args, kwargs = decode_input(self.codec, input, entry.fn, id)
+        except SnapshotFormatError as error:
+            return Problem(id, entry.name, "undecodable", str(error))
+        try:
+            entry.check_call(args, kwargs)
+            replay.run(lambda: entry.fn(Step(replay), *args, **kwargs))
+        except FirstNewStep:
+            return None
+        except (Exception, SystemExit) as error:
+            ours = error is replay.interruption
+            if ours and isinstance(error, WorkflowDrift):
+                return Problem(id, entry.name, "drift", str(error), error.key)
+            if ours and isinstance(error, SnapshotFormatError):
+                return Problem(id, entry.name, "undecodable", str(error), replay.undecodable)
+            # A run that has failed with this before, outside of its steps, fails no worse.
+            if type(error).__name__ != as_mapping(metadata.get("failure")).get("name"):
+                return Problem(id, entry.name, "error", _told(error))
+        finally:
+            replay.end()  # threads that outlive the function get no further
+        return None
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"

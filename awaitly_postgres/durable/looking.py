@@ -1,0 +1,142 @@
+"""Reading stored runs: one with its steps, a listing, or the result of another process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from attrs import define, evolve
+
+from .. import _json
+from .._checks import check_limit
+from ..errors import WorkflowCancelled, WorkflowNotFound
+from ..snapshot import WorkflowSnapshot
+from ..store.rows import RunInfo, State, StepInfo, check_state, decode_snapshot, steps_of
+from ..workflow import failure as _failure
+from ..workflow.codec import decode
+from .options import Options
+
+RunInfos = list[RunInfo]  # inside Durable, ``list`` is a method
+
+_ENDED = ("completed", "failed", "cancelled")
+_POLL = 0.05, 1.0  # seconds between two reads of a run that has not ended: at first, at most
+
+
+@define(eq=False, slots=False)
+class Looking(Options):
+    """The part of `Durable` that reads stored runs and changes nothing."""
+
+    def get(self, id: str) -> RunInfo | None:
+        """Return the run stored as ``id`` with its steps, or None if there is none.
+
+        Its result is decoded as `run` would return it, if its workflow is registered here; the
+        values of its steps are JSON, as stored. Errors are exceptions of their own class if that is
+        loaded, else `StepFailed`.
+
+        Raises:
+            SnapshotFormatError: what is stored is not a snapshot, or the codec cannot decode it.
+        """
+        store = self.store
+        rows = store._db.rows(store._sql.get, {"id": store.key(id)})
+        if not rows:
+            return None
+        *columns, text, journal = rows[0]
+        snapshot = decode_snapshot(id, text, journal)
+        info = RunInfo.from_columns(columns, store.prefix)
+        steps = tuple(_with_error(step, snapshot) for step in steps_of(snapshot))
+        info = evolve(info, steps=steps, step_count=len(steps))
+        metadata = snapshot.metadata or {}
+        if info.state == "completed":
+            return evolve(info, result=self._result(info, metadata.get("output")))
+        if info.state == "cancelled":
+            return evolve(info, error=WorkflowCancelled(id))
+        failure = metadata.get("failure")
+        if not isinstance(failure, Mapping):
+            return info
+        stack = failure.get("stack")
+        return evolve(
+            info,
+            error=_failure.of_run(str(metadata.get("lastStepKey", "")), failure),
+            traceback=stack if isinstance(stack, str) else None,
+        )
+
+    def list(
+        self,
+        prefix: str = "",
+        *,
+        workflow: str | None = None,
+        state: State | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        limit: int = 100,
+        after: RunInfo | None = None,
+    ) -> RunInfos:
+        """List stored runs, newest first, without their payloads and steps.
+
+        Args:
+            prefix: only ids that start with exactly this.
+            workflow: only runs of the workflow with this name.
+            state: only runs in this state, one of the states of `RunInfo`.
+            metadata: only runs whose metadata contains this, in the sense of JSONB's ``@>``.
+            limit: at most this many.
+            after: the last entry of the previous page; None starts with the newest run.
+        """
+        store = self.store
+        unfinished = state is not None and state != "completed"
+        params = {
+            **store._range(prefix),
+            "workflow": workflow,
+            "metadata": None if metadata is None else _json.dumps(dict(metadata)),
+            "state": check_state(state),
+            "unfinished": unfinished or None,
+            "limit": check_limit(limit),
+            "after_time": after and after.updated_at.isoformat(),
+            "after_id": after and store.prefix + after.id,
+        }
+        rows = store._listed(store._sql.runs, params)
+        return [RunInfo.from_columns(row, store.prefix) for row in rows]
+
+    def result(self, id: str, *, timeout: float | None = None) -> Any:
+        """Wait until the run stored as ``id`` has ended; return its result, or raise its error.
+
+        A run that waits for a signal, or that will be retried, has not ended.
+
+        Args:
+            id: the id of the run, which another thread or process is running.
+            timeout: seconds to wait at most; None waits until the run has ended.
+
+        Raises:
+            the error that the run failed with for good.
+            TimeoutError: the run has not ended in time. It is not stopped.
+            WorkflowNotFound: nothing is stored as ``id``.
+            WorkflowCancelled: the run was cancelled.
+        """
+        pause, longest = _POLL
+        give_up_at = None if timeout is None else time.monotonic() + timeout
+        while True:
+            rows = self.store.details([id])
+            if not rows:
+                raise WorkflowNotFound(id)
+            if rows[0].state in _ENDED and (info := self.get(id)) and info.state in _ENDED:
+                if info.error is not None:
+                    raise info.error
+                return info.result
+            left = None if give_up_at is None else give_up_at - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(
+                    f"{id!r} has not ended within {timeout:g} s: it is {rows[0].state}"
+                )
+            time.sleep(pause if left is None else min(pause, left))
+            pause = min(2 * pause, longest)
+
+    def _result(self, info: RunInfo, output: Any) -> Any:
+        entry = self._workflows.get(info.workflow or "")
+        if entry is None:
+            return output
+        return decode(self.codec, output, entry.fn, info.id, "metadata.output")
+
+
+def _with_error(step: StepInfo, snapshot: WorkflowSnapshot) -> StepInfo:
+    if step.ok:
+        return step
+    return evolve(step, error=_failure.from_json(step.key, snapshot.steps[step.key].to_json()))

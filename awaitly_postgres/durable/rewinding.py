@@ -1,0 +1,185 @@
+"""Going back: a run is put back to before one of its steps, or copied up to there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
+from typing import Any
+
+from attrs import define, evolve, frozen
+
+from .. import _json
+from .._checks import check_id
+from ..errors import AlreadyRunning, AwaitlyError, LeaseLost, WorkflowConflict, WorkflowNotFound
+from ..snapshot import WorkflowSnapshot, as_mapping, compose
+from ..store import lease as leases
+from ..store.database import fetch
+from ..workflow.history import History
+from .admission import count
+from .options import Options
+
+# Metadata that tell how far the run had come, beside those that hold for one snapshot only.
+_OUTDATED = ("cancelledAt", "lastStepKey")
+
+
+@define(eq=False, slots=False)
+class Rewinding(Options):
+    """The part of `Durable` that takes runs back to an earlier step."""
+
+    def rewind(self, id: str, key: str, *, new_keys: bool = False) -> list[str]:
+        """Forget step ``key`` of the run stored as ``id`` and all recorded after it.
+
+        The run is pending then, whatever it was: completed, failed, waiting or cancelled. Its next
+        start replays what was recorded before ``key``, handled failures included, and runs the rest
+        again. "After" is the order in which steps were recorded, those of other threads included.
+        With a forgotten ``step.wait`` its signal is forgotten, so it can be answered again; signals
+        that no step has taken stay. What forgotten steps have done elsewhere is not undone.
+
+        Args:
+            id: the run.
+            key: the first step to forget. Steps that the Node package has recorded have no order:
+                they count as recorded before all of ours, and of several only the last step of a
+                run can be forgotten.
+            new_keys: False: ``step.idempotency_key`` returns the same keys as before, so a provider
+                that knows them does nothing twice. True: it returns others from now on, and a
+                provider charges again.
+
+        Returns:
+            The forgotten keys, in the order in which they were recorded.
+
+        Raises:
+            AlreadyRunning: a process has the run; nothing was changed.
+            WorkflowNotFound: nothing is stored as ``id``.
+            ValueError: the run has no step ``key``, or it is not known what came after it.
+            LeaseLost: it was cancelled or deleted meanwhile; nothing was changed.
+        """
+        check_id(key, "step key")
+        with self._leased(id) as params:
+            part = _Part.before(key, id, self._stored(id))
+            generation = count(part.metadata.get("keyGeneration")) + 1
+            document = part.document({"keyGeneration": generation} if new_keys else {})
+            _json.check_size(document, f"the snapshot for {id!r}")
+            params |= {"snapshot": document, "forgotten": part.forgotten}
+            sql = self.store._sql
+            if not self.store._db.told(lambda conn: fetch(conn, sql.rewind, params)):
+                raise LeaseLost(id)
+        return part.forgotten
+
+    def fork(self, id: str, new_id: str, key: str) -> list[str]:
+        """Copy the run stored as ``id``, up to its step ``key``, to a new pending run.
+
+        The copy has the input, the metadata and all steps recorded before ``key``; its start goes
+        on from there. The source stays as it is, and may be running. Idempotency keys in the copy
+        begin with ``new_id``, so its steps are new ones to a provider.
+
+        Args:
+            id: the source.
+            new_id: what to store the copy as.
+            key: the first step that is not copied; see `rewind`.
+
+        Returns:
+            The keys of the copied steps, in the order in which they were recorded.
+
+        Raises:
+            WorkflowConflict: ``new_id`` is taken.
+            WorkflowNotFound: nothing is stored as ``id``.
+            ValueError: the run has no step ``key``, or it is not known what came after it.
+        """
+        check_id(key, "step key")
+        new_key = self.store.key(new_id)
+        part = _Part.before(key, id, self._stored(id))
+        part.metadata.pop("keyGeneration", None)
+        if signals := as_mapping(part.metadata.get("signals")):
+            # Those that a copied wait has taken. The others were sent to the source.
+            taken = {name: signals[name] for name in signals if name in part.kept}
+            part.metadata["signals"] = taken
+        document = part.document({"submittedAt": datetime.now(timezone.utc).isoformat()})
+        _json.check_size(document, f"the snapshot for {new_id!r}")
+        params, sql = {"id": new_key, "snapshot": document}, self.store._sql
+        if not self.store._db.told(lambda conn: fetch(conn, sql.create, params)):
+            there = self.store.load(new_id)
+            name = as_mapping(there and there.metadata).get("workflow")
+            raise WorkflowConflict(new_id, "workflow", repr(name), f"a fork of {id!r}")
+        return list(part.kept)
+
+    def _stored(self, id: str) -> WorkflowSnapshot:
+        snapshot = self.store.load(id)
+        if snapshot is None:
+            raise WorkflowNotFound(id)
+        return snapshot
+
+    @contextmanager
+    def _leased(self, id: str) -> Iterator[dict[str, Any]]:
+        """Take the lease on ``id`` for one write, which gives it back; give the write's parameters.
+
+        The lease is taken before the run is read, so what is written is made of what is there.
+        Whatever strikes, the lease is given back, or runs out if the database cannot be reached.
+        """
+        db, token = self.store._db, leases.new_token()
+        params: dict[str, Any] = {"id": self.store.key(id), "token": token}
+        try:
+            leases.acquire(db, id, params["id"], self.lock_ttl, token)
+            yield params
+        except AlreadyRunning:
+            raise
+        except BaseException:
+            with suppress(AwaitlyError):
+                leases.release(db, params, leases.RELEASE_TIMEOUT)
+            raise
+
+
+@frozen
+class _Part:
+    """What was recorded of a run before one of its steps, and the keys of what came after."""
+
+    base: WorkflowSnapshot
+    kept: Mapping[str, Any]  # JSON by key, in the order in which they were recorded
+    forgotten: list[str]
+    last_key: str | None
+    settled: int  # the number of the last failure in ``kept`` that was handled
+    metadata: dict[str, Any]  # without what tells how far the run had come
+
+    @classmethod
+    def before(cls, key: str, id: str, snapshot: WorkflowSnapshot) -> _Part:
+        """Divide ``snapshot``; raise ValueError if that cannot be done at ``key``."""
+        recorded = snapshot.to_json()["steps"]
+        metadata = dict(snapshot.metadata or {})
+        seqs = {name: count((step.get("meta") or {}).get("seq")) for name, step in recorded.items()}
+        numbered = sorted(filter(seqs.__getitem__, seqs), key=seqs.__getitem__)
+        unnumbered = [name for name in seqs if not seqs[name]]  # by Node; the successes last
+        unnumbered.sort(key=lambda name: (recorded[name]["ok"], name))
+        if key not in recorded:
+            shown = ", ".join(map(repr, [*unnumbered, *numbered][-5:])) or "none"
+            raise ValueError(f"{id!r} has no recorded step {key!r}; its last steps are: {shown}")
+        if seqs[key]:
+            forgotten = numbered[numbered.index(key) :]
+        elif unnumbered == [key] or (not numbered and metadata.get("lastStepKey") == key):
+            forgotten = [key, *numbered]
+        else:
+            raise ValueError(
+                f"step {key!r} of {id!r} was recorded by the Node package, which keeps no order, "
+                "so it is not known which steps came after it"
+            )
+        gone = set(forgotten)
+        kept = {name: recorded[name] for name in [*unnumbered, *numbered] if name not in gone}
+        # A handled failure stays handled, though what came after it is forgotten: of ours the last
+        # number is noted, and of Node's that another step was its last.
+        replayed = History.of(snapshot).steps
+        handled = [seqs[name] for name in kept if name in replayed and not kept[name]["ok"]]
+        last = next(reversed(kept), None)
+        last_key = last if last and (seqs[last] or handled) else None
+        metadata = {name: value for name, value in metadata.items() if name not in _OUTDATED}
+        return cls(snapshot, kept, forgotten, last_key, max(handled, default=0), metadata)
+
+    def document(self, metadata: Mapping[str, Any]) -> str:
+        """Write the snapshot of a run that is pending and has come as far as this."""
+        settled = {"settled": self.settled} if self.settled else {}
+        return compose(
+            evolve(self.base, metadata=self.metadata),
+            "running",
+            steps={key: _json.dumps(step) for key, step in self.kept.items()},
+            last_key=self.last_key,
+            metadata={"attempts": 0, **settled, **metadata},
+            texts={},
+        )

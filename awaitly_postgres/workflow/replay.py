@@ -1,0 +1,47 @@
+"""Replaying what is recorded, up to the first step that is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from attrs import define
+
+from ..errors import AwaitlyError
+from .run import Interrupted, Run
+
+T = TypeVar("T")
+
+
+class FirstNewStep(AwaitlyError):
+    """The workflow has asked for a step that is not recorded, which would run now."""
+
+
+@define(eq=False)
+class Replay(Run):
+    """A start that runs no step and records nothing: it ends where the first one would run.
+
+    ``undecodable`` is the key of the step whose value the codec could not decode.
+    """
+
+    undecodable: str | None = None
+
+    def step_transaction(self, key: str, fn: Callable[..., T], call: Callable[[Any], T]) -> T:
+        """Replay ``key`` as any other step: there is no transaction to open."""
+        return self.step(key, fn, lambda: call(None))
+
+    def emit(self, *event: Any, **details: Any) -> None:
+        """Report nothing: nothing happens in a run that is only looked at."""
+
+    def _ask(self, key: str) -> str:
+        recorded = super()._ask(key)
+        if recorded is None:
+            raise self._interrupt(FirstNewStep(key))
+        return recorded
+
+    def _replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
+        try:
+            return super()._replay(key, fn, recorded)
+        except Interrupted:
+            self.undecodable = key
+            raise

@@ -1,0 +1,277 @@
+"""What `Durable.get`, `list` and `result` tell of stored runs."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from datetime import datetime, timezone
+from decimal import Decimal
+from typing import Any
+
+import psycopg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from awaitly_postgres import (
+    Durable,
+    RunInfo,
+    SnapshotStore,
+    Step,
+    StepFailed,
+    WorkflowCancelled,
+    WorkflowNotFound,
+    WorkflowSuspended,
+    postgres,
+)
+from awaitly_postgres.codecs import CattrsCodec
+from awaitly_postgres.store import statements
+from awaitly_postgres.store.rows import STATES
+
+DB = psycopg.Connection
+
+
+class Declined(Exception):
+    """With an attribute, which must survive."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+def seen(durable: Durable, id: str) -> RunInfo:
+    info = durable.get(id)
+    assert info is not None
+    return info
+
+
+@pytest.fixture
+def orders(durable: Durable) -> Durable:
+    """Runs in each state but two: ``failed`` for good needs no run, ``running`` a lease."""
+
+    @durable.workflow(version=3)
+    def order(step: Step, what: str) -> dict[str, str]:
+        step("reserve", str.upper, what)
+        if what == "card":
+            step("pay", decline)
+        if what == "approval":
+            step.wait("approve")
+        return {"done": what}
+
+    def decline() -> None:
+        raise Declined(51)
+
+    durable.submit("accepted", order, "later")
+    durable.submit("ended", order, "later")
+    durable.cancel("ended")
+    durable.run("done", order, "now")
+    for id in ("card", "approval"):
+        with suppress(Declined, WorkflowSuspended):
+            durable.run(id, order, id)
+    durable.submit("held", order, "held")
+    durable.store.try_acquire("held")
+    return durable
+
+
+def test_a_run_is_told_with_its_steps(orders: Durable) -> None:
+    """In the order in which they were recorded, with values and times."""
+    info = seen(orders, "done")
+    assert (info.workflow, info.version, info.state) == ("order", 3, "completed")
+    assert info.result == {"done": "now"}
+    assert [(step.key, step.state, step.value) for step in info.steps] == [
+        ("reserve", "completed", "NOW")
+    ]
+    assert info.steps[0].started_at is not None
+    assert 0 <= (info.steps[0].duration or -1) < 60
+    assert info.step_count == 1
+    assert abs((info.updated_at - info.seen_at).total_seconds()) < 60
+
+
+def test_what_is_not_stored_is_none(orders: Durable) -> None:
+    """And not an error: a status page asks for any id."""
+    assert orders.get("no-such") is None
+
+
+def test_a_failure_is_told_as_the_exception_it_was(orders: Durable) -> None:
+    """Its class, its attributes and the user's frames, of the run and of the step."""
+    info = seen(orders, "card")
+    assert info.state == "retrying"
+    assert info.next_at is not None
+    assert info.next_at > info.updated_at
+    for told in (info, info.steps[-1]):
+        assert isinstance(told.error, Declined)
+        assert told.error.code == 51
+        assert "raise Declined(51)" in str(told.traceback)
+
+
+def test_a_failure_of_version_0_1_is_told_as_a_failed_step(orders: Durable, db: DB) -> None:
+    """It has no class to be rebuilt from."""
+    db.execute(
+        "UPDATE awaitly_snapshots SET snapshot = snapshot #- '{metadata,failure,exception}' "
+        "WHERE id = 'card'"
+    )
+    error = seen(orders, "card").error
+    assert isinstance(error, StepFailed)
+    assert (error.name, error.reason) == ("Declined", "code 51")
+
+
+def test_each_state_is_found_by_its_name(orders: Durable) -> None:
+    """And by no other."""
+    found = {
+        state: [info.id for info in orders.list(state=state)]
+        for state in ("pending", "running", "waiting", "retrying", "completed", "cancelled")
+    }
+    assert found == {
+        "pending": ["accepted"],
+        "running": ["held"],
+        "waiting": ["approval"],
+        "retrying": ["card"],
+        "completed": ["done"],
+        "cancelled": ["ended"],
+    }
+    assert all(seen(orders, id).state == state for state, ids in found.items() for id in ids)
+
+
+def test_a_waiting_run_says_for_what(orders: Durable) -> None:
+    """For a signal it has no time at which it goes on."""
+    info = seen(orders, "approval")
+    assert (info.waits_for, info.next_at, info.attempts) == (("approve",), None, 0)
+    assert isinstance(seen(orders, "ended").error, WorkflowCancelled)
+
+
+def test_a_held_run_says_by_whom(orders: Durable) -> None:
+    """And until when, unless the lease is renewed."""
+    info = seen(orders, "held")
+    assert info.holder is not None
+    assert info.holder.startswith(info.held_by)
+    assert info.held_until is not None
+    assert info.held_until > info.seen_at
+
+
+def test_a_listing_goes_on_after_its_last_entry(orders: Durable) -> None:
+    """Newest first, each once, whatever the size of the page."""
+    pages, last = [], None
+    while page := orders.list(limit=2, after=last):
+        pages.append(page)
+        last = page[-1]
+    ids = [info.id for page in pages for info in page]
+    assert ids == [info.id for info in orders.store.iter()]
+    assert [len(page) for page in pages] == [2, 2, 2]
+
+
+def test_a_listing_is_narrowed_by_prefix_and_workflow(orders: Durable) -> None:
+    """Both are compared exactly."""
+    assert {info.id for info in orders.list("a")} == {"accepted", "approval"}
+    assert len(orders.list(workflow="order")) == 6
+    assert orders.list(workflow="orde") == []
+
+
+def test_a_listing_tells_no_payloads(orders: Durable) -> None:
+    """Steps are counted, not read."""
+    (info,) = orders.list(state="completed")
+    assert (info.steps, info.step_count, info.result) == ((), 1, None)
+
+
+def test_metadata_of_the_user_are_kept_apart(store: SnapshotStore, db: DB) -> None:
+    """Whatever they are called, they are told as given and found by containment."""
+    given = {"tenant": "acme", "attempts": "many", "tags": ["a", "b"]}
+    durable = Durable(store, metadata=given)
+    durable.run("a", lambda step: 1)
+    Durable(store).run("b", lambda step: 1)
+    assert seen(durable, "a").metadata == given
+    assert seen(durable, "a").attempts == 1
+    assert [i.id for i in durable.list(metadata={"tags": ["b"]})] == ["a"]
+    assert durable.list(metadata={"tenant": "other"}) == []
+
+
+def test_metadata_of_version_0_1_are_told(store: SnapshotStore, durable: Durable, db: DB) -> None:
+    """They stand among what the library writes."""
+    durable.run("a", lambda step: 1)
+    db.execute(
+        "UPDATE awaitly_snapshots SET snapshot = jsonb_set(snapshot, '{metadata,tenant}', '7')"
+    )
+    assert seen(durable, "a").metadata == {"tenant": 7}
+
+
+@given(state=st.text().filter(lambda text: text not in STATES))
+def test_a_word_that_is_no_state_is_refused(state: str) -> None:
+    """Before anything is asked of the database."""
+
+    with (
+        postgres("postgresql://nowhere.invalid") as store,
+        pytest.raises(ValueError, match="state"),
+    ):
+        Durable(store).list(state=state)  # type: ignore[arg-type]
+
+
+def test_a_result_is_decoded_as_run_returns_it(store: SnapshotStore) -> None:
+    """By the codec and the workflow's annotation."""
+    durable = Durable(store, codec=CattrsCodec())
+
+    @durable.workflow
+    def price(step: Step) -> Decimal:
+        return Decimal("1.10")
+
+    durable.run("a", price)
+    assert seen(durable, "a").result == durable.result("a") == Decimal("1.10")
+    assert seen(Durable(store), "a").result == "1.10"  # which does not know the function
+
+
+def test_the_result_of_another_thread_is_waited_for(orders: Durable) -> None:
+    """The run is answered while somebody waits for its result."""
+    with ThreadPoolExecutor(1) as pool:
+        result = pool.submit(orders.result, "approval", timeout=60)
+        assert orders.signal("approval", "approve", True)
+        assert orders.resume("approval") == {"done": "approval"}
+        assert result.result() == {"done": "approval"}
+
+
+@pytest.mark.parametrize(
+    ("id", "error"),
+    [("ended", WorkflowCancelled), ("no-such", WorkflowNotFound), ("card", TimeoutError)],
+)
+def test_a_result_that_never_comes_is_an_error(
+    orders: Durable, id: str, error: type[Exception]
+) -> None:
+    """Cancelled, not there, or not ended in time: one that is tried again has not ended."""
+    with pytest.raises(error):
+        orders.result(id, timeout=0)
+
+
+def test_a_page_among_many_is_found_by_an_index(store: SnapshotStore, db: DB) -> None:
+    """Of 20,000 completed runs, a page of one reads a handful, and so does one waiting run."""
+    store.create_tables()
+    db.execute(
+        "INSERT INTO awaitly_snapshots SELECT 'r' || n, jsonb_build_object('formatVersion', 1, "
+        "'steps', '{}'::jsonb, 'execution', jsonb_build_object('status', 'completed', "
+        "'lastUpdated', ''), 'metadata', '{\"workflow\": \"w\"}'::jsonb), "
+        "clock_timestamp() + make_interval(secs => n) FROM generate_series(1, 20000) n"
+    )
+    durable = Durable(store)
+    with suppress(WorkflowSuspended):
+        durable.run("waits", lambda step: step.wait("go"))
+    db.execute("ANALYZE awaitly_snapshots")
+    plans: list[Any] = []
+    for filters in ({}, {"state": "waiting"}, {"prefix": "r1", "limit": 1}):
+        plans.append(explained(durable, db, **filters))
+    assert [plan.count("Seq Scan on awaitly_snapshots") for plan in plans] == [0, 0, 0]
+
+
+def explained(durable: Durable, db: DB, **filters: Any) -> str:
+    """Return the plan of a listing."""
+    store = durable.store
+    params = {
+        **store._range(filters.pop("prefix", "")),
+        "limit": 100,
+        "unfinished": ("state" in filters) or None,
+        **filters,
+    }
+    text = statements.filtered(store._sql.runs, params)
+    rows = psycopg.ClientCursor(db).execute(b"EXPLAIN " + text, params).fetchall()
+    return "\n".join(line for (line,) in rows)
+
+
+def test_a_time_is_told_in_utc(orders: Durable) -> None:
+    """Aware, whatever the session's time zone."""
+    assert seen(orders, "done").updated_at.tzinfo == timezone.utc
+    assert seen(orders, "done").updated_at <= datetime.now(timezone.utc).replace(year=9999)
