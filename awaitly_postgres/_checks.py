@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal
 
 from .errors import WrongType
@@ -67,6 +67,14 @@ def check_ttl(ttl: float) -> float:
     if not 0 < ttl < 10**9:
         raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")
     return float(ttl)
+
+
+def check_seconds(duration: float | timedelta, name: str = "duration") -> float:
+    """Return a duration in seconds if it is one that can be waited for, else raise ValueError."""
+    seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
+    if isinstance(seconds, bool) or not 0 <= seconds < 10**9:
+        raise ValueError(f"{name} must be a number of seconds from 0 up, not {duration!r}")
+    return float(seconds)
 
 
 def check_on_drift(on_drift: str) -> None:

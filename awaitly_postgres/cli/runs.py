@@ -48,8 +48,8 @@ def resume(
     """Finish pending workflows, or those given.
 
     It works with your own Durable and its store: MODULE:DURABLE is imported, the current
-    directory first. Runs already started as many times as its max_attempts are skipped, unless
-    they are given.
+    directory first. Runs that were given up (see its max_attempts and backoff) are skipped, unless
+    they are given: then they are started again.
 
     \b
     Cron:    awaitly-postgres resume shop.workflows:durable

@@ -16,16 +16,18 @@ from ..errors import (
     AwaitlyError,
     WorkflowCancelled,
     WorkflowConflict,
+    WorkflowError,
 )
 from ..snapshot import WorkflowSnapshot
 from ..store import lease as leases
 from ..store import renewal
-from ..store.database import Database, Row
+from ..store.database import Database, Row, fetch
 from ..store.lease import Lease
 from ..store.rows import decode_snapshot, is_input
 from ..store.statements import Statements
+from ..workflow import failure
 from .checkpoints import Checkpoints
-from .pending import pause_after
+from .pending import has_no_starts_left, pause_after
 from .registry import Entry
 
 
@@ -34,6 +36,16 @@ class TouchedMeanwhile(AwaitlyError):
 
     def __init__(self, id: str) -> None:
         super().__init__(f"another process got to {id!r} first")
+
+
+class NoStartsLeft(WorkflowError):
+    """The run was started ``max_attempts`` times, and each time ended without a record."""
+
+    def __init__(self, id: str, attempts: int) -> None:
+        super().__init__(
+            f"workflow {id!r} was started {attempts} times without progress, and is given up. "
+            f"resume({id!r}) starts it again."
+        )
 
 
 @frozen
@@ -69,23 +81,31 @@ class Finished:
     snapshot: WorkflowSnapshot
 
 
+@frozen
+class GivenUp:
+    """Not admitted: the run has no starts left, and is stored as failed for good."""
+
+    error: NoStartsLeft
+
+
 @define(eq=False)
 class Admission:
     """Acquires the lease on one run, admits one start of it, and releases the lease.
 
-    ``first_document`` composes the snapshot of a new run.
+    ``first_document`` composes the snapshot of a new run. ``max_attempts`` is for starts from cron.
     """
 
     id: str
     entry: Entry
     input: str  # JSON text
     first_document: Callable[[], str]
+    max_attempts: int | None
     lease: Lease | None = None
     _checkpoints: Checkpoints = field(kw_only=True)
     _may_have_lease: bool = False  # asked for: an exception may have struck before the answer came
     _pid: int = field(factory=os.getpid)
 
-    def admit(self, found: Found | None, as_it_was: bool) -> New | TakenUp | Finished:
+    def admit(self, found: Found | None, as_it_was: bool) -> New | TakenUp | Finished | GivenUp:
         """Acquire the lease, and count the start before any of the user's code runs.
 
         Args:
@@ -115,6 +135,8 @@ class Admission:
                 # `Session._restore`, so that the run backs off.
                 self.entry.check_version(self.id, found.snapshot)
             self._acquire()
+            if as_it_was and has_no_starts_left(starts := _starts_of(found), self.max_attempts):
+                return self._give_up(found, starts)
             if (taken := self._take_up(found)) is not None:
                 return TakenUp(taken)
             if as_it_was:
@@ -174,12 +196,8 @@ class Admission:
         lease; None if it was written since it was found. May be repeated: the count is taken from
         ``found``, so a retry writes the same one, and its fence accepts the number of the first.
         """
-        metadata, journal = found.snapshot.metadata or {}, found.journal
-        attempts = count(metadata.get("attempts"))
-        if attempts > 1 and journal and _has_success(journal):
-            attempts = 1  # the last start made progress, so the count begins again with it
-        attempts += 1
-        self._checkpoints.attempts = attempts
+        metadata = found.snapshot.metadata or {}
+        self._checkpoints.attempts = attempts = _starts_of(found) + 1
         counted: dict[str, Any] = {"attempts": attempts}
         if isinstance(waits := metadata.get("waits"), Mapping):
             earlier = metadata.get("sleeps")
@@ -196,6 +214,27 @@ class Admission:
             return None
         self._checkpoints.taken_up(len(rows[0][0]))
         return decode_snapshot(self.id, rows[0][0], None)
+
+    def _give_up(self, found: Found, attempts: int) -> GivenUp:
+        """Store that the run is not started again by itself, and release the lease.
+
+        A run that raises is given up when its failure is recorded. This one was killed, or refused
+        because its code has changed, so nothing could be recorded then.
+        """
+        self._checkpoints.attempts = attempts
+        error = NoStartsLeft(self.id, attempts)
+        reason = failure.run_to_json(WorkflowError(str(error)))  # a class that cannot move
+        if (earlier := (found.snapshot.metadata or {}).get("failure")) is not None:
+            reason["cause"] = earlier
+        params = {
+            **self._checkpoints.next_write(),
+            "seen": found.written_at,
+            "failure": _json.dumps(reason),
+        }
+        if not self._db.told(lambda conn: fetch(conn, self._sql.give_up, params)):
+            raise TouchedMeanwhile(self.id)
+        self.finished()
+        return GivenUp(error)
 
     def _is_finished(self, stored: WorkflowSnapshot) -> bool:
         """Return whether a recorded output can be returned.
@@ -255,6 +294,17 @@ class Admission:
 def count(value: object) -> int:
     """Return a stored number of attempts; 0 if it is missing or was edited to something else."""
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _starts_of(found: Found) -> int:
+    """Return how often the run was started since it last got further, or was given up."""
+    metadata = found.snapshot.metadata or {}
+    if "gaveUpAt" in metadata:
+        return 0  # whoever starts it now has been asked to
+    attempts = count(metadata.get("attempts"))
+    if attempts > 1 and found.journal and _has_success(found.journal):
+        return 1  # the last start got further: it was the first of a new count
+    return attempts
 
 
 def _has_success(journal: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from attrs import define
@@ -20,6 +21,8 @@ from ..workflow.step import Step
 from ..workflow.workflow import name_of
 from .checking import Checking
 from .looking import Looking
+from .options import check_verdicts
+from .pending import Backoff
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
 from .rewinding import Rewinding
@@ -43,8 +46,11 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
             errors are logged.
         on_complete: ``"delete"`` deletes a run when it completes; its id can then run again.
         on_drift: ``"ignore"`` lets new steps run before all recorded ones were asked for.
-        max_attempts: `resume_pending` skips runs started this often without progress; None sets no
-            limit.
+        max_attempts: a run is given up when it has been started this often without progress; None
+            sets no limit.
+        backoff: a function of the error and the attempt (counted from 1) that returns how long a
+            failed run pauses, in seconds or as a timedelta, or None to give it up. Default: 1 s,
+            2 s, 4 s ... up to 1 h.
         metadata: a mapping of JSON values, stored with every run started here.
         transaction: opens the transactions of ``step.transaction``: a function that returns a
             context manager which yields a psycopg connection and commits on exit. Default: a
@@ -72,6 +78,8 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
         name: str | None = None,
         version: int = 1,
         on_version_mismatch: OnVersionMismatch = "error",
+        max_attempts: int | EllipsisType | None = ...,
+        backoff: Backoff | None = None,
     ) -> Callable[[F], F]: ...
 
     def workflow(
@@ -82,6 +90,8 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
         name: str | None = None,
         version: int = 1,
         on_version_mismatch: OnVersionMismatch = "error",
+        max_attempts: int | EllipsisType | None = ...,
+        backoff: Backoff | None = None,
     ) -> F | Callable[[F], F]:
         """Register a workflow function, so that its runs can be resumed. For use as a decorator.
 
@@ -93,6 +103,8 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
             on_version_mismatch: what to do with an unfinished run of another version: ``"error"``
                 raises `VersionMismatch`, ``"clear"`` starts it afresh, and a function is called
                 with the stored snapshot and this version, and returns the snapshot to resume from.
+            max_attempts: the same as for `Durable`, for runs of this workflow (default: its own).
+            backoff: the same as for `Durable`, for runs of this workflow (default: its own).
 
         Returns:
             the function, unchanged.
@@ -104,9 +116,11 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
             raise TypeError(f"version must be an integer, not {version!r}")
         if on_version_mismatch not in ("error", "clear") and not callable(on_version_mismatch):
             raise ValueError("on_version_mismatch must be 'error', 'clear' or a function")
+        check_verdicts(None if isinstance(max_attempts, EllipsisType) else max_attempts, backoff)
 
         def register(fn: F) -> F:
-            self._workflows.add(Entry(name or name_of(fn), fn, version, on_version_mismatch))
+            rules = (version, on_version_mismatch, max_attempts, backoff)
+            self._workflows.add(Entry(name or name_of(fn), fn, *rules))
             return fn
 
         return register if fn is None else register(fn)
@@ -131,7 +145,8 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
             what ``fn`` returned, now or when the run completed.
 
         Raises:
-            whatever the workflow raises; the run is then recorded as failed and can be resumed.
+            whatever the workflow raises; the run is then recorded as failed and can be resumed,
+                even if it was given up.
             AlreadyRunning: another process is running it.
             WorkflowConflict: the id belongs to another workflow or input.
             VersionMismatch, WorkflowDrift: the code has changed; nothing was erased.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import EllipsisType
 from typing import Any, Literal
 
 from attrs import define, field
@@ -13,7 +14,8 @@ from ..store.store import SnapshotStore
 from ..store.transaction import OpenTransaction
 from ..workflow.codec import Codec, encode
 from ..workflow.event import OnEvent
-from .registry import Registry
+from .pending import Backoff
+from .registry import Entry, Registry
 
 
 @define(eq=False, slots=False)
@@ -27,6 +29,7 @@ class Options:
     on_complete: Literal["keep", "delete"] = field(default="keep", kw_only=True)
     on_drift: OnDrift = field(default="error", kw_only=True)
     max_attempts: int | None = field(default=100, kw_only=True)
+    backoff: Backoff | None = field(default=None, kw_only=True)
     metadata: Mapping[str, Any] = field(factory=dict, kw_only=True)
     transaction: OpenTransaction | None = field(default=None, kw_only=True)
     _workflows: Registry = field(factory=Registry, init=False, repr=False)
@@ -35,6 +38,18 @@ class Options:
         check_on_drift(self.on_drift)
         if self.on_complete not in ("keep", "delete"):
             raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
-        if self.max_attempts is not None:
-            check_limit(self.max_attempts, "max_attempts")
+        check_verdicts(self.max_attempts, self.backoff)
         encode(None, self.metadata, "metadata=")
+
+    def max_attempts_of(self, entry: Entry) -> int | None:
+        """Return how often runs of a workflow are started without getting further; None: ever."""
+        own = entry.max_attempts
+        return self.max_attempts if isinstance(own, EllipsisType) else own
+
+
+def check_verdicts(max_attempts: int | None, backoff: object) -> None:
+    """Raise unless these can decide which failures are final."""
+    if max_attempts is not None:
+        check_limit(max_attempts, "max_attempts")
+    if backoff is not None and not callable(backoff):
+        raise TypeError(f"backoff must be a function of the error and the attempt, not {backoff!r}")

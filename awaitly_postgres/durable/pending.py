@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import random
 from collections.abc import Callable, Iterator
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 from attrs import define, field, frozen
 
+from .._checks import check_seconds
 from ..store.rows import SnapshotInfo
 from ..store.store import Infos
 
 PAGE = 100  # entries in one listing
 LONGEST_PAUSE = 3600.0  # seconds
+NO_MORE = math.inf  # the pause of a run that is given up
+
+Backoff = Callable[[Exception, int], float | timedelta | None]
+
+_log = logging.getLogger("awaitly_postgres")
 
 
 def pause_after(attempts: int) -> float:
@@ -21,6 +30,31 @@ def pause_after(attempts: int) -> float:
     ``attempts`` counts the starts since the run last made progress, the failed one included.
     """
     return min(2.0 ** min(attempts - 1, 12), LONGEST_PAUSE)
+
+
+def verdict(
+    error: Exception, attempt: int, max_attempts: int | None, backoff: Backoff | None
+) -> float:
+    """Return the seconds before a run that has failed is due again; `NO_MORE` if it is given up.
+
+    A ``backoff`` that fails, or returns what is no pause, is logged and does not decide: a slip in
+    it must neither end a run for good nor keep the failure from being recorded.
+    """
+    if has_no_starts_left(attempt, max_attempts):
+        return NO_MORE
+    if backoff is None:
+        return pause_after(attempt)
+    try:
+        pause = backoff(error, attempt)
+        return NO_MORE if pause is None else check_seconds(pause, "what backoff returns")
+    except Exception:
+        _log.exception("backoff failed for %s at attempt %d", type(error).__name__, attempt)
+        return pause_after(attempt)
+
+
+def has_no_starts_left(attempts: int, max_attempts: int | None) -> bool:
+    """Tell whether a run that was started so often is not started again by itself."""
+    return max_attempts is not None and attempts >= max_attempts
 
 
 @frozen
@@ -35,6 +69,7 @@ class Outcome:
         result: what a completed workflow returned.
         error: the exception, unless it completed.
         attempts: the starts since the run last made progress, this one included.
+        retry_at: when a failed run is tried again, by the server's clock; None: not by itself.
     """
 
     id: str
@@ -42,6 +77,7 @@ class Outcome:
     result: Any = None
     error: BaseException | None = None
     attempts: int = 0
+    retry_at: datetime | None = None
 
 
 @define(eq=False)

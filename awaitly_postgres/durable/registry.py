@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from types import EllipsisType
 from typing import Any, Literal
 
 from attrs import evolve, frozen
@@ -12,18 +13,24 @@ from attrs import evolve, frozen
 from ..errors import VersionMismatch
 from ..snapshot import WorkflowSnapshot
 from ..workflow.workflow import name_of, stored_version
+from .pending import Backoff
 
 OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int], WorkflowSnapshot]
 
 
 @frozen
 class Entry:
-    """A workflow function with its name, version, and rule for runs of other versions."""
+    """A workflow function with its name, its version, and the rules for its runs.
+
+    Where it has no ``max_attempts`` (``...``) or ``backoff``, those of the `Durable` apply.
+    """
 
     name: str
     fn: Callable[..., Any]
     version: int = 1
     on_version_mismatch: OnVersionMismatch = "error"
+    max_attempts: int | EllipsisType | None = ...
+    backoff: Backoff | None = None
 
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError, as a call would, if the function does not take these arguments."""

@@ -20,15 +20,15 @@ from ..errors import (
     WorkflowDrift,
     WorkflowNotFound,
 )
-from ..store.rows import SnapshotInfo, is_input
+from ..store.rows import SnapshotInfo, is_input, read_time
 from ..store.store import Infos
-from .admission import Found, TouchedMeanwhile
+from .admission import Found, NoStartsLeft, TouchedMeanwhile
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
-_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError)  # no new step ran
+_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError, NoStartsLeft)  # no new step ran
 
 
 @define(eq=False, slots=False)
@@ -38,7 +38,8 @@ class Resuming(Options):
     def resume(self, id: str) -> Any:
         """Resume the run stored as ``id``, with its registered workflow and recorded input.
 
-        It starts at once, even if it is pausing after a failure.
+        It starts at once, even if it is pausing after a failure. A run that was given up starts
+        again too, its attempts counted afresh.
 
         Returns:
             what the workflow returned; for a completed run, its recorded output.
@@ -74,12 +75,14 @@ class Resuming(Options):
 
         For cron. It takes only runs of registered workflows whose lease no process holds, least
         recently updated first, or at random where other workers take from the same listing. After
-        a failure a run pauses for 1 s, 2 s, 4 s ... up to 1 h.
+        a failure a run pauses for as long as its ``backoff`` says. A run that was started
+        ``max_attempts`` times, and died each time without progress, is given up instead.
 
         Args:
             prefix: only ids that start with exactly this.
-            limit: start at most this many runs. Those skipped, and those refused because the code
-                has changed, do not count: otherwise they could keep the others from ever starting.
+            limit: start at most this many runs. Those skipped, given up, or refused because the
+                code has changed, do not count: otherwise they could keep the others from ever
+                starting.
             on_progress: called with each `Outcome` as it comes.
 
         Returns:
@@ -152,7 +155,6 @@ class Resuming(Options):
         return self.store.pending(
             prefix,
             workflows=workflows,
-            max_attempts=self.max_attempts,
             limit=limit,
             after=behind,
         )
@@ -176,4 +178,9 @@ class Resuming(Options):
                     raise
                 if isinstance(error, _TAKEN):
                     return Outcome(id, "skipped", None, error, attempts)
-            return Outcome(id, "failed", None, error, attempts)
+            retry_at = self._retry_at(id) if session and not session.gave_up else None
+            return Outcome(id, "failed", None, error, attempts, retry_at)
+
+    def _retry_at(self, id: str) -> datetime | None:
+        rows = self.store._db.rows(self.store._sql.retry_at, {"id": self.store.key(id)})
+        return read_time(rows[0][0]) if rows else None

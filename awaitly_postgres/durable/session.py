@@ -30,10 +30,10 @@ from ..workflow.event import EventType
 from ..workflow.history import History
 from ..workflow.run import Run
 from ..workflow.step import Step
-from .admission import Admission, Finished, Found, TakenUp, count
+from .admission import Admission, Finished, Found, GivenUp, TakenUp, count
 from .checkpoints import Checkpoints
 from .options import Options
-from .pending import pause_after
+from .pending import NO_MORE, verdict
 from .registry import Entry
 
 NEVER = "9999-12-31T23:59:59.999Z"  # when a run that waits for a signal is due by itself
@@ -48,6 +48,7 @@ class Session:
     entry: Entry
     input: str  # JSON text
     end: EventType | None = None  # how the start ended; None: the workflow was never called
+    gave_up: bool = False
     _run: Run = field(init=False)
     _checkpoints: Checkpoints = field(init=False)
     _admission: Admission = field(init=False)
@@ -80,6 +81,7 @@ class Session:
             self.entry,
             self.input,
             lambda: self._document("running"),
+            options.max_attempts_of(self.entry),
             checkpoints=self._checkpoints,
         )
 
@@ -127,6 +129,9 @@ class Session:
             admission = self._admission.admit(found, as_it_was)
             if isinstance(admission, Finished):
                 return self._output(admission.snapshot)
+            if isinstance(admission, GivenUp):
+                self._run.emit("run_given_up", error=admission.error)
+                raise admission.error
             if isinstance(admission, TakenUp):
                 self._restore(admission.snapshot)
             return self._execute()
@@ -178,6 +183,8 @@ class Session:
             renewal.stop_renewing(lease)
             if os.getpid() == self._pid:
                 run.emit(self.end, error=failure)
+                if self.gave_up:
+                    run.emit("run_given_up", error=failure)
         return self._decode_output(_json.as_stored(output))
 
     def _end(self, error: BaseException) -> EventType:
@@ -190,8 +197,11 @@ class Session:
         # or the store no end can be recorded, and a forked child must not record its parent's.
         refused = ours and isinstance(error, (WorkflowDrift, LeaseLost, StoreError))
         if isinstance(error, Exception) and not refused and os.getpid() == self._pid:
-            pause = pause_after(self._checkpoints.counted_attempts)
+            attempt, max_attempts = self._checkpoints.counted_attempts, self._admission.max_attempts
+            backoff = self.entry.backoff or self.options.backoff
+            pause = verdict(error, attempt, max_attempts, backoff)
             self._finish(lambda: self._document("failed", failure=error), pause)
+            self.gave_up = pause == NO_MORE
             return "run_failed"
         return "run_stopped"
 

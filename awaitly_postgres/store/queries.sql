@@ -48,6 +48,10 @@
 -- The form in which times are stored in a document; Node reads it too.
 'YYYY-MM-DD"T"HH24:MI:SS.MS"Z"'
 
+-- fragment: stored_now
+-- The time as it is stored.
+to_char(clock_timestamp() AT TIME ZONE 'UTC', {stored_iso})
+
 -- fragment: pause_end
 -- When a run is due again that is not to be taken up for %(pause)s seconds.
 to_char(
@@ -371,12 +375,34 @@ UPDATE {snapshots} SET
     snapshot = snapshot || jsonb_build_object(
         'steps', {steps_and_taken_out},  -- if journal
         'metadata',
-        ({metadata} - 'waits')
+        ({metadata} - 'waits' - 'gaveUpAt')
             || %(metadata)s::jsonb
             || jsonb_build_object('wakeAt', {pause_end})
     )
 WHERE id = %(id)s AND EXISTS (SELECT FROM numbered)
 RETURNING snapshot::text
+
+-- name: give_up
+-- Instead of take_up, for a run that was started as often as it may be and died each time before
+-- it could say why: it has failed for good, and the lease is given back. Nothing changes if
+-- somebody has touched the run since it was %(seen)s. The journal stays, for whoever revives it.
+-- The answer survives a lost reply as that of delete does.
+WITH {releasing_fence}
+UPDATE {snapshots} SET
+    updated_at = clock_timestamp(),
+    snapshot = snapshot || jsonb_build_object(
+        'execution',
+        (snapshot->'execution') || jsonb_build_object(
+            'status', 'failed', 'lastUpdated', {stored_now}, 'completedAt', {stored_now}
+        ),
+        'metadata',
+        ({metadata} - 'wakeAt' - 'waits')
+            || jsonb_build_object('gaveUpAt', {stored_now}, 'failure', %(failure)s::jsonb)
+    )
+WHERE id = %(id)s
+    AND to_char(updated_at AT TIME ZONE 'UTC', {iso}) IS NOT DISTINCT FROM %(seen)s::text
+    AND EXISTS (SELECT FROM fence)
+RETURNING 1
 
 
 -- A step is recorded -------------------------------------------------------------------------
@@ -408,12 +434,14 @@ WITH {isolated_fence}
 
 -- fragment: write_snapshot
 -- The whole document as it stands. With a pause it says when the run is due again, by the
--- server's clock.
+-- server's clock; with an infinite one, that the run was given up.
 INSERT INTO {snapshots} (id, snapshot, updated_at)
 SELECT
     %(id)s,
     CASE
         WHEN %(pause)s::float8 IS NULL THEN %(snapshot)s::jsonb
+        WHEN %(pause)s::float8 = 'infinity'
+        THEN jsonb_set(%(snapshot)s::jsonb, '{metadata,gaveUpAt}', to_jsonb({stored_now}))
         ELSE jsonb_set(%(snapshot)s::jsonb, '{metadata,wakeAt}', to_jsonb({pause_end}))
     END,
     clock_timestamp()
@@ -619,7 +647,7 @@ false
 -- holds.
 (
     COALESCE(snapshot->'metadata'->>'wakeAt', '') COLLATE "C"
-        <= to_char(clock_timestamp() AT TIME ZONE 'UTC', {stored_iso})
+        <= {stored_now}
     OR COALESCE({status}, 'running') = 'running' AND EXISTS (
         SELECT FROM jsonb_each(
             CASE
@@ -633,29 +661,34 @@ false
     OR {has_got_further}
 )
 
--- fragment: has_starts_left
--- Compared as JSONB, which never fails, whatever a row holds.
-(
-    COALESCE(snapshot->'metadata'->'attempts', '0') < to_jsonb(%(max_attempts)s::bigint)
-    OR %(max_attempts)s::bigint > 1 AND {has_got_further}
+-- name: retry_at
+-- When a run that has failed is tried again, by itself: now, if its time has come. No row if never.
+SELECT GREATEST(
+    CASE WHEN NOT {has_got_further} THEN snapshot->'metadata'->>'wakeAt' END COLLATE "C",
+    {stored_now}
 )
+FROM {snapshots} s
+WHERE id = %(id)s
+    AND {unfinished}
+    AND snapshot->'metadata'->'cancelledAt' IS NULL
+    AND snapshot->'metadata'->'gaveUpAt' IS NULL
 
 -- fragment: is_of_workflows
 -- It is a run of a workflow that is registered here.
 COALESCE(snapshot->'metadata'->>'workflow' = ANY(%(workflows)s::text[]), false)
 
 -- name: pending
--- What could be started here and now, the longest untouched first: unfinished, due, not
--- cancelled, with an input that a run of ours recorded (Node's users record theirs in any shape)
--- and an id that is not too long for one, and nobody holds its lease. The conditions on the
--- document stand inside COALESCE, because the planner expects a bare one to leave one row in
--- 200, and would then collect and sort all instead of walking along the index until it has
--- enough.
+-- What could be started here and now, the longest untouched first: unfinished, due, neither
+-- cancelled nor given up, with an input that a run of ours recorded (Node's users record theirs in
+-- any shape) and an id that is not too long for one, and nobody holds its lease. The conditions on
+-- the document stand inside COALESCE, because the planner expects a bare one to leave one row in
+-- 200, and would then collect and sort all instead of walking along the index until it has enough.
 SELECT id, COALESCE({status}, 'running'), to_char(updated_at AT TIME ZONE 'UTC', {iso})
 FROM {snapshots} s
 WHERE {unfinished}
     AND {is_due}
     AND COALESCE(snapshot->'metadata'->'cancelledAt' IS NULL, true)
+    AND COALESCE(snapshot->'metadata'->'gaveUpAt' IS NULL, true)
     AND COALESCE(
         jsonb_typeof(snapshot->'metadata'->'input'->'args') = 'array'
         AND jsonb_typeof(snapshot->'metadata'->'input'->'kwargs') = 'object',
@@ -666,7 +699,6 @@ WHERE {unfinished}
     {and_in_range}
     AND (updated_at, id COLLATE "C")                           -- if behind_time
         > (%(behind_time)s::timestamptz, %(behind_id)s::text)  -- if behind_time
-    AND {has_starts_left}                                      -- if max_attempts
     AND {is_of_workflows}                                      -- if workflows
 ORDER BY updated_at, id COLLATE "C"
 LIMIT %(limit)s::bigint

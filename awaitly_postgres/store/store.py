@@ -147,7 +147,6 @@ class SnapshotStore:
         prefix: str = "",
         *,
         workflows: Iterable[str] | None = None,
-        max_attempts: int | None = None,
         limit: int = 100,
         after: SnapshotInfo | None = None,
     ) -> Infos:
@@ -156,7 +155,6 @@ class SnapshotStore:
         Args:
             prefix: only ids that start with exactly this.
             workflows: only runs of these; None for any.
-            max_attempts: leave out runs already started this many times; None for none.
             limit: at most so many.
             after: the last entry of the page before.
         """
@@ -165,7 +163,6 @@ class SnapshotStore:
             "behind_time": after and after.updated_at.isoformat(),
             "behind_id": after and self.prefix + after.id,
             "limit": check_limit(limit),
-            "max_attempts": max_attempts,
             "workflows": None if workflows is None else [*workflows],
         }
         # If it saw the values, the planner would expect few rows and sort all that is pending.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from typing import Literal
+from typing import Any, Literal
 
 from attrs import field, frozen
+
+from ..snapshot import timestamp
 
 EventType = Literal[
     "run_started",
     "run_completed",
     "run_failed",
+    "run_given_up",
     "run_suspended",
     "run_stopped",
     "step_started",
@@ -28,7 +33,9 @@ class Event:
     Attributes:
         type: ``"run_..."`` when a run starts or ends, ``"step_..."`` for a step.
             ``"run_stopped"`` means that the run stopped and no end was recorded: it was refused,
-            the lease or the database was lost, or Ctrl-C.
+            the lease or the database was lost, or Ctrl-C. ``"run_given_up"`` follows the
+            ``"run_failed"`` of a failure that is final; it comes alone for a run that was started
+            ``max_attempts`` times and died each time.
         workflow: the name of the workflow.
         workflow_id: the id of the durable run; None in memory.
         key: the key of the step; None for a run.
@@ -47,3 +54,52 @@ class Event:
 
 
 OnEvent = Callable[[Event], object]
+
+_log = logging.getLogger("awaitly_postgres")
+
+
+def tell(
+    on_event: OnEvent | None,
+    type: EventType,
+    workflow: str,
+    id: str | None,
+    key: str | None = None,
+    milliseconds: float | None = None,
+    error: BaseException | None = None,
+) -> None:
+    """Log an event, and tell ``on_event``, which is logged and does no harm if it fails.
+
+    Nothing is made for a level that is not logged: this is called twice for each step.
+    """
+    level = logging.WARNING if type == "run_given_up" else logging.DEBUG
+    if _log.isEnabledFor(level):
+        subject = workflow if id is None else f"{workflow} {id!r}"
+        step = "" if key is None else f" {key!r}"
+        took = "" if milliseconds is None else f" after {milliseconds / 1000:.3f} s"
+        if error is None:
+            _log.log(level, "%s: %s%s%s", subject, type, step, took)
+        else:
+            _log.log(level, "%s: %s%s%s: %r", subject, type, step, took, error)
+    if on_event is None:
+        return
+    duration = None if milliseconds is None else milliseconds / 1000
+    try:
+        on_event(Event(type, workflow, id, key, duration, error))
+    except Exception:
+        _log.exception("on_event failed for %s of workflow %s", type, id or workflow)
+
+
+Timing = dict[str, Any]
+
+
+class Timer:
+    """Measures one step: the clock says when it began, the counter for how long."""
+
+    def __init__(self) -> None:
+        self._started = timestamp()
+        self._counter = time.perf_counter()
+
+    def stop(self) -> Timing:
+        """Return what the step's ``meta`` tells of its time."""
+        elapsed = time.perf_counter() - self._counter
+        return {"startedAt": self._started, "durationMs": round(elapsed * 1000, 3)}

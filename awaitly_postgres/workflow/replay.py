@@ -30,6 +30,9 @@ class Replay(Run):
         """Replay ``key`` like any other step, without opening a transaction."""
         return self.step(key, fn, lambda: call(None))
 
+    def emit(self, *event: Any, **details: Any) -> None:
+        """Report nothing: nothing happens in a run that is only looked at."""
+
     def _ask(self, key: str) -> str:
         recorded = super()._ask(key)
         if recorded is None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
@@ -25,13 +23,11 @@ from ..errors import (
 from ..snapshot import timestamp
 from . import failure as _failure
 from .codec import Codec, decode, encode
-from .event import Event, EventType, OnEvent
+from .event import EventType, OnEvent, Timer, Timing, tell
 from .history import History
 from .recorder import Recorder
 
 T = TypeVar("T")
-
-_log = logging.getLogger("awaitly_postgres")
 
 
 class Interrupted(BaseException):
@@ -185,14 +181,8 @@ class Run:
         milliseconds: float | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """Call ``on_event``. If it raises, that is logged and does not disturb the run."""
-        if self.on_event is None:
-            return
-        duration = None if milliseconds is None else milliseconds / 1000
-        try:
-            self.on_event(Event(type, self.workflow, self.id, key, duration, error))
-        except Exception:
-            _log.exception("on_event failed for %s of workflow %s", type, self.id or self.workflow)
+        """Log it, and tell ``on_event``."""
+        tell(self.on_event, type, self.workflow, self.id, key, milliseconds, error)
 
     # -- asking ----------------------------------------------------------------------------
 
@@ -298,15 +288,15 @@ class Run:
             self.history.suspend(key, due, threading.get_ident() == self._own_thread)
         raise self._interrupt(WorkflowSuspended(self.id, key))
 
-    def _start(self, key: str) -> _Timer:
+    def _start(self, key: str) -> Timer:
         self.emit("step_started", key)
-        return _Timer()
+        return Timer()
 
-    def _record_value(self, key: str, text: str, timing: _Timing) -> None:
+    def _record_value(self, key: str, text: str, timing: Timing) -> None:
         self._record(key, lambda: self._enter(key, text, timing))
         self.emit("step_completed", key, timing["durationMs"])
 
-    def _record_failure(self, key: str, error: Exception, timing: _Timing) -> None:
+    def _record_failure(self, key: str, error: Exception, timing: Timing) -> None:
         self._record(key, lambda: self._enter_failure(key, error, timing), error)
         self.emit("step_failed", key, timing["durationMs"], error)
 
@@ -328,24 +318,24 @@ class Run:
         if self._unrecorded == key:
             self._unrecorded = None
 
-    def _enter(self, key: str, value: str, timing: _Timing) -> str:
+    def _enter(self, key: str, value: str, timing: Timing) -> str:
         with self._lock:
             self.refuse_if_over(key)  # again: the run may have ended while the step ran
             meta = _json.encode_own(self._numbered(timing))
             return self.history.add(key, f'{{"ok":true,"value":{value},"meta":{meta}}}')
 
-    def _enter_failure(self, key: str, error: Exception, timing: _Timing) -> str:
+    def _enter_failure(self, key: str, error: Exception, timing: Timing) -> str:
         step = {"ok": False, **_failure.to_json(error)}
         with self._lock:
             self.refuse_if_over(key)  # as above
             step["meta"] = {**step["meta"], **self._numbered(timing)}
             return self.history.add(key, _json.dumps(step))
 
-    def _numbered(self, timing: _Timing) -> dict[str, Any]:
+    def _numbered(self, timing: Timing) -> dict[str, Any]:
         return self.history.numbered(timing, threading.get_ident() == self._own_thread)
 
     def _fail_transaction(
-        self, key: str, failure: BaseException, of_the_body: bool, timer: _Timer
+        self, key: str, failure: BaseException, of_the_body: bool, timer: Timer
     ) -> None:
         """Record why a step's transaction failed, if that is the step's own failure."""
         if not isinstance(failure, Exception):
@@ -376,21 +366,6 @@ class Run:
         if not step["ok"]:
             raise _failure.from_json(key, step)
         return self._decode(key, fn, step.get("value"))
-
-
-_Timing = dict[str, Any]
-
-
-class _Timer:
-    """Times one step: its start by the clock, its duration by a monotonic counter."""
-
-    def __init__(self) -> None:
-        self._started = timestamp()
-        self._counter = time.perf_counter()
-
-    def stop(self) -> _Timing:
-        elapsed = time.perf_counter() - self._counter
-        return {"startedAt": self._started, "durationMs": round(elapsed * 1000, 3)}
 
 
 def _nothing() -> Any:

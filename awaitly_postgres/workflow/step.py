@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from .._checks import check_id
+from .._checks import check_id, check_seconds
 from ..errors import WorkflowError
 from .run import Run
 
@@ -98,10 +98,7 @@ class Step:
         Raises:
             ValueError: the duration is negative or too long.
         """
-        seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
-        if not 0 <= seconds < 10**9:
-            raise ValueError(f"duration must be a number of seconds from 0 up, not {duration!r}")
-        self._run.sleep(key, timedelta(seconds=seconds))
+        self._run.sleep(key, timedelta(seconds=check_seconds(duration)))
 
     def wait(self, key: str) -> Any:
         """Suspend the run until ``Durable.signal(id, key, value)`` is called; return that value.

@@ -418,7 +418,7 @@ def test_pause_after_a_failure_grows_by_the_servers_clock(
     durable: Durable, work: Work, db: DB, slow_clock: None, attempts: int, pause: int
 ) -> None:
     """Each start doubles the pause up to an hour, however wrong the client's clock is."""
-
+    durable.max_attempts = None
     durable.submit("id", durable.workflow(name="w")(steps(work, "a")))
     set_metadata(db, "id", "attempts", str(attempts - 1))
     work.faults = {"a": Outage}
@@ -461,7 +461,7 @@ def test_crashed_run_is_pending_as_soon_as_its_lease_is_over(
 
 
 def test_max_attempts_counts_every_start(make_store: MakeStore, work: Work, db: DB) -> None:
-    """Crashes count as failures do; afterwards only `resume` tries again."""
+    """Crashes count as failures do; then it is given up, and only `resume` tries again."""
     durable = Durable(make_store(), max_attempts=3)
     workflow = durable.workflow(name="w")(steps(work, "a"))
     for fault in (Crash, Outage, Crash):
@@ -470,10 +470,10 @@ def test_max_attempts_counts_every_start(make_store: MakeStore, work: Work, db: 
             durable.run("id", workflow)
     assert (pending(durable), durable.resume_pending()) == ([], [])
     wake(db, "id")
+    assert pending(durable) == ["id"]
+    assert [outcome.status for outcome in durable.resume_pending()] == ["failed"]
     assert (pending(durable), durable.resume_pending()) == ([], [])
-    patient = Durable(durable.store, max_attempts=None)
-    patient.workflow(name="w")(workflow)
-    assert pending(patient) == ["id"]
+    assert work.ran == ["a"] * 3
     work.faults = {}
     assert durable.resume("id") == ["a done"]
 

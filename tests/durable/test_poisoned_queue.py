@@ -68,7 +68,9 @@ def test_a_run_that_ends_its_process_before_its_first_step_backs_off_and_is_give
     for _ in range(5):
         wake(db)
         cron()
-    assert durable.store.load("bad").metadata["attempts"] == 3
+    bad = durable.store.load("bad")
+    assert (bad.execution.status, bad.metadata["attempts"]) == ("failed", 3)
+    assert "gaveUpAt" in bad.metadata
 
 
 @pytest.mark.parametrize("bad", ["saved by hand", "migration raises", "not registered", "drift"])

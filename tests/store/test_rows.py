@@ -124,7 +124,7 @@ def test_details_join_a_transaction(store: SnapshotStore, url: str) -> None:
 
 
 def test_pending_is_chosen_and_paged(store: SnapshotStore) -> None:
-    """By prefix, workflow and the number of starts; what somebody holds is not in it."""
+    """By prefix and workflow; what somebody holds is not in it."""
     for id, name, attempts in (
         ("a1", "job", 0),
         ("a2", "job", 7),
@@ -141,7 +141,7 @@ def test_pending_is_chosen_and_paged(store: SnapshotStore) -> None:
 
     assert found() == ["a1", "a2", "a3", "b1"]
     assert found("a") == ["a1", "a2", "a3"]
-    assert found(workflows=["job"], max_attempts=7) == ["a1", "b1"]
+    assert found(workflows=["job"]) == ["a1", "a2", "b1"]
     assert found(workflows=[]) == []
     (first,) = store.pending(limit=1)
     assert found(limit=2, after=first) == ["a2", "a3"]

@@ -169,7 +169,8 @@ def test_finding_that_another_was_faster_asks_once_and_writes_nothing(
 # -- the statements ------------------------------------------------------------------------
 
 WRITES = [
-    *("save", "create", "begin", "take_up", "write", "fold", "finish", "finish_and_fold"),
+    *("save", "create", "begin", "take_up", "give_up", "write", "fold"),
+    *("finish", "finish_and_fold"),
     *("append", "append_in_transaction", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),
     *("discard", "delete", "cancel", "rewind", "make_due", "signal"),
@@ -189,7 +190,8 @@ READS_AND_HOUSEKEEPING = [
         "runs",
         "get",
     ),
-    *("pending", "unfinished", "stats", "prunable", "delete_many", "delete_many_journals"),
+    *("pending", "retry_at", "unfinished", "stats", "prunable"),
+    *("delete_many", "delete_many_journals"),
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
 ]
 NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
