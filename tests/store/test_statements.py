@@ -189,7 +189,8 @@ READS_AND_HOUSEKEEPING = [
         "runs",
         "get",
     ),
-    *("pending", "unfinished", "stats", "prunable", "delete_many", "delete_many_journals"),
+    *("pending", "unfinished", "where_state", "stats"),
+    *("prunable", "delete_many", "delete_many_journals"),
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
 ]
 NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
