@@ -15,7 +15,7 @@ import click
 from attrs import frozen
 
 from .. import SnapshotStore, StoreError, postgres
-from ..store.rows import STATUSES, RunInfo, check_id, printable
+from ..store.rows import STATES, RunInfo, check_id, printable
 
 
 class WrongInput(click.ClickException):
@@ -129,7 +129,7 @@ def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
 # -- which runs ----------------------------------------------------------------------------
 
 prefix_option = click.option("--prefix", default="", help="only ids that start with this")
-status_option = click.option("--status", type=click.Choice(STATUSES), help="only with this status")
+state_option = click.option("--state", type=click.Choice(STATES), help="only in this state")
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text")
 
 
@@ -144,5 +144,10 @@ def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunInfo]:
     rows = store.details(ids)
     found = {row.id for row in rows}
     if unknown := [id for id in ids if id not in found]:
-        raise WrongInput(f"nothing is stored as {', '.join(map(repr, unknown))}")
+        raise not_stored(unknown)
     return rows
+
+
+def not_stored(ids: Sequence[str]) -> WrongInput:
+    """Return the error that says so."""
+    return WrongInput(f"nothing is stored as {', '.join(map(repr, ids))}")

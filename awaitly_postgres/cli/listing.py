@@ -11,32 +11,25 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from ..store.rows import RunInfo, StoreStats, printable
-from .text import STYLES, Line, age, ellipsis, out, segments, span
+from ..store.rows import STATES, RunInfo, StoreStats, age, printable
+from .text import STYLES, Line, ellipsis, out, segments
 
 Cells = Sequence[str]
 
-_HEAD = ("ID", "STATUS", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW")
+_HEAD = ("ID", "STATE", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW")
 _LEASE = _HEAD.index("LEASE")
+_LISTED = (
+    *("id", "workflow", "version", "state", "attempts", "next_at", "waits_for"),
+    *("holder", "held_until", "updated_at", "metadata", "step_count"),
+)
 _TO_THE_RIGHT = ("AGE", "STEPS")
 _NARROW = 18  # columns; LEASE is not cut to less
 _GAP = 2  # columns
 
 
-def to_json(row: RunInfo) -> dict[str, Any]:
-    """Return what ``--json`` prints for a workflow."""
-    until = row.held_until and row.held_until.isoformat()
-    return {
-        "id": row.id,
-        "status": row.status,
-        "updated_at": row.updated_at.isoformat(),
-        "steps": row.step_count,
-        "workflow": row.workflow,
-        "attempts": row.attempts,
-        "cancelled": row.state == "cancelled",
-        "wake_at": row.next_at and row.next_at.isoformat(),
-        "lease": row.holder and {"holder": row.holder, "expires_at": until},
-    }
+def to_json(row: RunInfo, fields: Sequence[str] = _LISTED) -> dict[str, Any]:
+    """Return what ``--json`` prints for a run: fields under their own names."""
+    return {name: getattr(row, name) for name in fields}
 
 
 def listing(rows: Sequence[RunInfo], columns: int | None) -> Segments:
@@ -47,23 +40,9 @@ def listing(rows: Sequence[RunInfo], columns: int | None) -> Segments:
     return Segments(part for line in _fitted(table, columns) for part in (*line, Segment.line()))
 
 
-def what_next(row: RunInfo) -> str:
-    """Say when the run is resumed next; nothing if never, or if a process is running it now."""
-    if row.state == "cancelled":
-        return "cancelled"
-    if row.state in ("completed", "running") or row.workflow is None:
-        return ""
-    if row.is_due:
-        return "due"
-    if row.next_at is None:
-        return f"waits for {', '.join(row.waits_for)}"
-    verb = "retry" if row.status == "failed" else "wakes"
-    return f"{verb} in {span((row.next_at - row.seen_at).total_seconds())}"
-
-
 def _cells(row: RunInfo) -> Cells:
-    steps, next = f"{row.step_count}", what_next(row)
-    cells = (row.id, row.status, age(row.age), steps, row.held_by, next, row.workflow)
+    steps, next = f"{row.step_count}", row.what_next
+    cells = (row.id, row.state, age(row.age), steps, row.held_by, next, row.workflow)
     return tuple(printable(cell or "-") for cell in cells)
 
 
@@ -91,9 +70,9 @@ def _fitted(table: Sequence[Cells], columns: int) -> Iterator[Sequence[Segment]]
     for name in head:
         to_the_right = name in _TO_THE_RIGHT
         shown.add_column(name, justify="right" if to_the_right else "left", no_wrap=True)
-    for id, status, *rest in rows:
+    for id, state, *rest in rows:
         fits = cell_len(id) <= room
-        shown.add_row(id if fits else "", Text(status, STYLES.get(status, "")), *rest)
+        shown.add_row(id if fits else "", Text(state, STYLES.get(state, "")), *rest)
     header, *lines = out.render_lines(shown, pad=False)
     yield header
     for (id, *_), line in zip(rows, lines, strict=True):
@@ -126,10 +105,11 @@ def _widths(table: Sequence[Cells]) -> list[int]:
 
 def numbers(stats: StoreStats, oldest: RunInfo | None, prefix: str) -> Iterator[Line]:
     """Show what `SnapshotStore.stats` counts, and the run that has been pending longest."""
-    counts = [("total", stats.total), *sorted(stats.by_status.items())]
+    by_state = [(state, stats.by_state[state]) for state in STATES if state in stats.by_state]
+    counts = [("total", stats.total), *by_state]
     digits = max(len(f"{count:,}") for _, count in counts)
     for name, count in counts:
-        yield [(f"{printable(name):<14}  {count:>{digits},}", name)]
+        yield [(f"{name:<14}  {count:>{digits},}", name)]
     yield [(f"{'size':<14}  {decimal(stats.bytes)}", "")]
     waiting = "none"
     if oldest is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -11,22 +10,21 @@ import click
 from rich.console import Group
 from rich.live import Live
 
-from .. import SnapshotStore
-from ..store.rows import RunInfo
+from .. import Durable
+from ..store.rows import RunInfo, State
 from .arguments import (
     Place,
-    WrongInput,
     id_,
     json_option,
     limit_option,
+    not_stored,
     on_a_store,
     prefix_option,
-    status_option,
-    stored,
+    state_option,
 )
 from .listing import listing, numbers, to_json
-from .text import out, put, segments, width, write
-from .timeline import one
+from .text import echo_json, out, put, segments, width, write
+from .timeline import one, one_to_json
 
 _PAGE = 500
 
@@ -34,17 +32,17 @@ _PAGE = 500
 @click.command("list")
 @on_a_store
 @prefix_option
-@status_option
+@state_option
 @limit_option(100)
 @json_option
-def list_(place: Place, prefix: str, status: str | None, limit: int, as_json: bool) -> None:
+def list_(place: Place, prefix: str, state: State | None, limit: int, as_json: bool) -> None:
     """List what is stored, newest first.
 
     LEASE is the process that is running it, as host:pid; NEXT is when it can be resumed.
     """
-    rows = list(_walk(place.store(), prefix, status, limit))
+    rows = list(_walk(Durable(place.store()), prefix, state, limit))
     if as_json:
-        click.echo(json.dumps([to_json(row) for row in rows], indent=2))
+        echo_json([to_json(row) for row in rows])
     elif rows:
         put(listing(rows, width()))
         if len(rows) == limit and out.is_terminal:
@@ -56,22 +54,20 @@ def list_(place: Place, prefix: str, status: str | None, limit: int, as_json: bo
 @click.command()
 @on_a_store
 @click.argument("id", type=id_)
-@click.option("--all", "everything", is_flag=True, help="every step, and values in full")
+@click.option("--all", "everything", is_flag=True, help="every step, values and tracebacks in full")
 @json_option
 def show(place: Place, id: str, everything: bool, as_json: bool) -> None:
     """Show one workflow with a timeline of its steps.
 
     Of more than 60 steps it shows the first, the last, the longest and the failed ones.
     """
-    store = place.store()
-    (row,) = stored(store, [id])
-    snapshot = store.load(id)
-    if snapshot is None:
-        raise WrongInput(f"{id!r} has just been deleted")
+    row = Durable(place.store()).get(id)
+    if row is None:
+        raise not_stored([id])
     if as_json:
-        click.echo(json.dumps({**to_json(row), "snapshot": snapshot.to_json()}, indent=2))
+        echo_json(one_to_json(row))
     else:
-        write(one(row, snapshot, width(), everything))
+        write(one(row, width(), everything))
 
 
 @click.command()
@@ -79,36 +75,36 @@ def show(place: Place, id: str, everything: bool, as_json: bool) -> None:
 @prefix_option
 @json_option
 def stats(place: Place, prefix: str, as_json: bool) -> None:
-    """Count what is stored. The size is that of all tables, whatever the prefix."""
+    """Count what is stored, by state. The size is that of all tables, whatever the prefix."""
     store = place.store(prefix)
     counted = store.stats()
     oldest = next(iter(store.details([info.id for info in store.pending(limit=1)])), None)
     if not as_json:
         write(numbers(counted, oldest, prefix))
         return
-    told = {
+    untouched = oldest and {"id": prefix + oldest.id, "updated_at": oldest.updated_at}
+    numbers_by_name = {
         "total": counted.total,
-        "by_status": dict(counted.by_status),
+        "by_state": counted.by_state,
         "bytes": counted.bytes,
-        "oldest_pending": oldest
-        and {"id": prefix + oldest.id, "updated_at": oldest.updated_at.isoformat()},
+        "oldest_pending": untouched,
     }
-    click.echo(json.dumps(told, indent=2))
+    echo_json(numbers_by_name)
 
 
 @click.command()
 @on_a_store
 @prefix_option
-@status_option
+@state_option
 @click.option("--interval", type=click.FloatRange(0.1), default=2.0, help="seconds [2]")
-def watch(place: Place, prefix: str, status: str | None, interval: float) -> None:
+def watch(place: Place, prefix: str, state: State | None, interval: float) -> None:
     """Show the list and keep it up to date until Ctrl-C."""
     if not out.is_terminal:
         raise click.UsageError("watch needs a terminal; use 'list' in a pipe")
-    store = place.store()
+    durable = Durable(place.store())
 
     def screen() -> Group:
-        rows = list(_walk(store, prefix, status, max(out.height - 2, 1)))
+        rows = list(_walk(durable, prefix, state, max(out.height - 2, 1)))
         now = f"every {interval:g} s, {time.strftime('%H:%M:%S')}, Ctrl-C ends it"
         return Group(segments([[(now, "dim")]]), listing(rows, out.width))
 
@@ -118,12 +114,12 @@ def watch(place: Place, prefix: str, status: str | None, interval: float) -> Non
             time.sleep(interval)
 
 
-def _walk(store: SnapshotStore, prefix: str, status: str | None, limit: int) -> Iterator[RunInfo]:
-    """Yield the rows of the runs, newest first, reading one page at a time."""
+def _walk(durable: Durable, prefix: str, state: State | None, limit: int) -> Iterator[RunInfo]:
+    """Yield the runs, newest first, read a page at a time."""
     last = None
     while limit > 0 and (
-        page := store.list(prefix, status=status, limit=min(limit, _PAGE), after=last)
+        page := durable.list(prefix, state=state, limit=min(limit, _PAGE), after=last)
     ):
-        yield from store.details([info.id for info in page])
+        yield from page
         last = page[-1]
         limit -= len(page)

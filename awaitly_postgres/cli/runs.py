@@ -35,6 +35,7 @@ _ANY = 10**9  # runs
     type=click.FloatRange(0.1),
     help="keep going, with a pause this long between passes",
 )
+@click.option("--verbose", is_flag=True, help="a line for each workflow, tracebacks of failures")
 @click.pass_context
 def resume(
     ctx: click.Context,
@@ -44,12 +45,14 @@ def resume(
     prefix: str,
     limit: int | None,
     loop: float | None,
+    verbose: bool,
 ) -> None:
     """Finish pending workflows, or those given.
 
     It works with your own Durable and its store: MODULE:DURABLE is imported, the current
     directory first. Runs that were given up (see its max_attempts and backoff) are skipped, unless
-    they are given: then they are started again.
+    they are given: then they are started again. Failures are printed to stderr; if the output is
+    not a terminal, nothing else is printed without --verbose.
 
     \b
     Cron:    awaitly-postgres resume shop.workflows:durable
@@ -63,7 +66,7 @@ def resume(
     ping(durable.store)
     if ids:
         stored(durable.store, ids)
-    worker = Worker(durable)
+    worker = Worker(durable, verbose)
     try:
         with worker.listening():
             if loop:
@@ -85,17 +88,24 @@ def signal(place: Place, id: str, key: str, value: tuple[Any]) -> None:
     The next 'resume' picks it up.
     """
     store = place.store()
+    # Before it is sent: a worker may take the answer at once, and nothing waits for it then.
+    (before,) = stored(store, [id])
     try:
-        taken = Durable(store).signal(id, key, *value)
+        accepted = Durable(store).signal(id, key, *value)
     except NotSerializable as error:
         raise click.BadParameter(str(error), param_hint="JSON") from None
-    if not taken:
+    if not accepted:
         (row,) = stored(store, [id])
         why = f"already has an answer for {key!r}, or was not started by a Durable"
         if row.state in ("completed", "cancelled"):
             why = f"is {row.state}"
         raise click.ClickException(f"{id!r} {why}")
-    out.print("taken")
+    if key in before.waits_for:
+        out.print("accepted")
+        return
+    waiting = f"waiting for {', '.join(before.waits_for)}" if before.waits_for else before.state
+    notice = f"accepted, but {id!r} is not waiting for {key!r}: it is {waiting}"
+    click.echo(printable(notice), err=True)
 
 
 @click.command()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from datetime import datetime
 from typing import Any
 
+import click
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
+from rich.text import Text
 
 from ..store.rows import elide, printable
+from ..store.rows import span as span_of
 
 Line = list[tuple[str, str]]  # text and the name of its style
 
@@ -25,7 +29,10 @@ STYLES = {
     "running": Style(color="cyan"),
     "completed": Style(color="green"),
     "failed": Style(color="red"),
+    "retrying": Style(color="magenta"),
+    "waiting": Style(color="yellow"),
     "suspended": Style(color="yellow"),
+    "cancelled": Style(dim=True),
     "skipped": Style(dim=True),
 }
 
@@ -39,14 +46,14 @@ def segments(lines: Iterable[Line]) -> Segments:
     )
 
 
-def write(lines: Iterable[Line]) -> None:
+def write(lines: Iterable[Line], console: Console = out) -> None:
     """Print lines without cutting them."""
-    put(segments(lines))
+    put(segments(lines), console)
 
 
-def put(what: Segments) -> None:
+def put(what: Segments, console: Console = out) -> None:
     """Print segments without cutting them."""
-    out.print(what, crop=False, end="")
+    console.print(what, crop=False, end="")
 
 
 def width() -> int | None:
@@ -67,31 +74,23 @@ def ellipsis() -> str:
 
 
 def span(seconds: float) -> str:
-    """Write a duration: ``40µs``, ``12ms``, ``1.2s``, ``57s``, ``3m12s``, ``2h05m``, ``4d``."""
-    if seconds < 0.9995:
-        milliseconds = max(seconds, 0.0) * 1000
-        if milliseconds < 0.9995:
-            return f"{milliseconds * 1000:.0f}{'us' if out.options.ascii_only else 'µs'}"
-        return f"{milliseconds:.1f}ms" if milliseconds < 9.95 else f"{milliseconds:.0f}ms"
-    if seconds < 59.5:
-        return f"{seconds:.1f}s" if seconds < 9.95 else f"{seconds:.0f}s"
-    minutes, left = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{left:02d}s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours}h{minutes:02d}m"
-    days, hours = divmod(hours, 24)
-    return f"{days}d{hours:02d}h" if days < 4 else f"{days}d"
+    """Write a duration, in characters that the terminal's encoding supports."""
+    text = span_of(seconds)
+    return text.replace("µ", "u") if out.options.ascii_only else text
 
 
-def age(seconds: float) -> str:
-    """Write how long ago something was, in one unit: ``0s``, ``119s``, ``3m``, ``2h``, ``4d``."""
-    whole = max(int(seconds), 0)
-    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
-        if whole >= 2 * size:
-            return f"{whole // size}{unit}"
-    return f"{whole}s"
+def in_lines(text: str, columns: int | None = None) -> list[str]:
+    """Take a text apart for printing: its lines, cut or wrapped nowhere in a pipe, and harmless."""
+    lines = printable(text.expandtabs(), keep="\n").split("\n")
+    if columns is None:
+        return lines
+    wrapped = (Text(line).wrap(out, max(columns, 20)) or [Text()] for line in lines)
+    return [part.plain.rstrip() for parts in wrapped for part in parts]
+
+
+def echo_json(value: Any) -> None:
+    """Print what ``--json`` asks for, times in ISO 8601."""
+    click.echo(json.dumps(value, indent=2, default=datetime.isoformat))
 
 
 def as_json(value: Any, most: int | None = None) -> str:

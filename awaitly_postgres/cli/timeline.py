@@ -7,59 +7,95 @@ from typing import Any
 
 from attrs import define, frozen
 from rich.cells import cell_len
-from rich.text import Text
 
-from .. import WorkflowSnapshot
-from ..store.rows import RunInfo, StepInfo, elide_steps, is_input, printable, reasons, steps_of
-from .listing import what_next
-from .text import Line, age, as_json, fit, out, span
+from ..store.rows import RunInfo, StepInfo, age, elide_steps, is_input, printable
+from .listing import to_json
+from .text import Line, as_json, fit, in_lines, out, span
 
 _MANY = 60  # steps; a longer timeline leaves some out
+_LAST = 12  # lines; a longer traceback shows its end
 _BRIEF = 400  # characters of an input or output
 _PIPE = 100  # columns of a timeline in a pipe
 
 # -- one workflow --------------------------------------------------------------------------
 
 
-def one(
-    row: RunInfo, snapshot: WorkflowSnapshot, columns: int | None, everything: bool
-) -> Iterator[Line]:
+def one(row: RunInfo, columns: int | None, everything: bool) -> Iterator[Line]:
     """Show a workflow within ``columns``; None is a pipe, where nothing is cut to fit."""
-    steps = steps_of(snapshot)
     yield [(printable(row.id), "head")]
-    for label, text, style in _facts(row, snapshot, steps, everything):
-        indent = " " * 10
-        lines = [text] if columns is None else _wrapped(text, columns - len(indent))
-        for i, part in enumerate(lines):
-            yield [(fit(label, 8) + "  " if i == 0 else indent, "dim"), (part, style)]
+    for label, text, style in _facts(row, None if everything else _BRIEF):
+        indent = " " * 11
+        for i, part in enumerate(in_lines(text, columns and columns - len(indent))):
+            yield [(fit(label, 9) + "  " if i == 0 else indent, "dim"), (part, style)]
     yield []
-    yield from timeline(steps, columns, everything)
+    yield from timeline(row.steps, columns, everything)
+    if row.traceback is not None:
+        yield from _traceback(row.traceback, columns, everything)
 
 
-def _facts(
-    row: RunInfo, snapshot: WorkflowSnapshot, steps: Sequence[StepInfo], everything: bool
-) -> Iterator[tuple[str, str, str]]:
-    metadata = snapshot.metadata or {}
-    most = None if everything else _BRIEF
+def one_to_json(row: RunInfo) -> dict[str, Any]:
+    """Return what ``--json`` prints for a workflow: the fields of `RunInfo` and `StepInfo`."""
+    fields = ("input", "result", "traceback")
+    steps = [
+        {
+            "key": step.key,
+            "state": step.state,
+            "started_at": step.started_at,
+            "duration": step.duration,
+            "value": step.value,
+            "error": _error(step.reasons),
+            "traceback": step.traceback,
+        }
+        for step in row.steps
+    ]
+    return {**to_json(row), **to_json(row, fields), "error": _error(row.reasons), "steps": steps}
+
+
+def _facts(row: RunInfo, most: int | None) -> Iterator[tuple[str, str, str]]:
     when = f"{row.updated_at:%Y-%m-%d %H:%M:%S} UTC"
-    yield "status", f"{row.status}, {age(row.age)} ago ({when})", row.status
+    yield "state", f"{row.state}, {age(row.age)} ago ({when})", row.state
     if row.workflow is not None:
-        version, attempts = metadata.get("version", 1), metadata.get("attempts")
-        started = f", started {attempts} times" if attempts not in (None, 0, 1) else ""
-        yield "workflow", printable(f"{row.workflow}, version {version}{started}"), ""
+        started = f", started {row.attempts} times" if row.attempts > 1 else ""
+        yield "workflow", f"{row.workflow}, version {row.version}{started}", ""
     if row.holder is not None and row.held_until is not None:
         left = span((row.held_until - row.seen_at).total_seconds())
-        held = f"held by {row.held_by}, {left} left unless renewed"
-        yield "lease", printable(held), "running"
-    if next := what_next(row):
-        yield "next", printable(next), "suspended"
-    for name in ("input", "output"):
-        if name in metadata:
-            yield name, _call(metadata[name], most), ""
-    failure = reasons(metadata.get("failure"))
-    if not any(step.reasons == failure for step in steps):  # otherwise the timeline shows it
-        for i, reason in enumerate(_chain(failure)):
-            yield "" if i else "failure", reason, "failed"
+        yield "lease", f"held by {row.held_by}, {left} left unless renewed", "running"
+    if row.state == "running":
+        last = max(row.steps, key=_seq, default=None)
+        yield "current", f"the step after {last.key}" if last else "before the first step", ""
+    if row.what_next:
+        yield "next", row.what_next, "waiting"
+    if row.metadata:
+        yield "metadata", as_json(row.metadata, most), ""
+    if row.input is not None:
+        yield "input", _call(row.input, most), ""
+    if row.state == "completed":
+        yield "result", as_json(row.result, most), ""
+    if error := _error(row.reasons):
+        yield "error", error, "failed"
+
+
+def _traceback(text: str, columns: int | None, everything: bool) -> Iterator[Line]:
+    """Show where it failed: of a long traceback the end, which is nearest to the failure."""
+    lines = in_lines(text.rstrip("\n"), columns and columns - 4)
+    hidden = 0 if everything else max(len(lines) - _LAST, 0)
+    yield []
+    yield [("traceback", "head")]
+    if hidden:
+        yield [(f"{_dots()} {hidden} more lines; --all shows them", "dim")]
+    yield from ([(f"    {line}", "failed")] for line in lines[hidden:])
+
+
+def _error(reasons: Sequence[str]) -> str | None:
+    return "\ncaused by ".join(reasons) or None
+
+
+def _seq(step: StepInfo) -> float:
+    return step.seq
+
+
+def _dots() -> str:
+    return ":" if out.options.ascii_only else "⋮"
 
 
 def _call(value: Any, most: int | None) -> str:
@@ -69,10 +105,6 @@ def _call(value: Any, most: int | None) -> str:
     args = [as_json(arg, most) for arg in value["args"]]
     args += [f"{printable(name)}={as_json(arg, most)}" for name, arg in value["kwargs"].items()]
     return f"({', '.join(args)})"
-
-
-def _chain(reasons: Sequence[str]) -> list[str]:
-    return [printable(f"caused by {text}" if i else text) for i, text in enumerate(reasons)]
 
 
 # -- the timeline --------------------------------------------------------------------------
@@ -101,7 +133,7 @@ def timeline(steps: Sequence[StepInfo], columns: int | None, everything: bool) -
 
     shown = elide_steps(steps, len(steps) if everything else _MANY)
     space = _space([bars[i] for i in shown], columns)
-    dots = ":" if out.options.ascii_only else "⋮"
+    dots = _dots()
     last = -1
     for i in shown:
         bar, hidden = bars[i], bars[last + 1 : i]
@@ -111,9 +143,8 @@ def timeline(steps: Sequence[StepInfo], columns: int | None, everything: bool) -
         if pause := sum(other.pause for other in (*hidden, bar)):
             yield [(f"{dots} {span(pause)} later", "dim")]
         yield _step(bar, length, space)
-        for reason in _chain(bar.step.reasons):
-            lines = [reason] if columns is None else _wrapped(reason, columns - 4)
-            yield from ([(f"    {part}", "failed")] for part in lines)
+        for part in in_lines(_error(bar.step.reasons) or "", columns and columns - 4):
+            yield [(f"    {part}", "failed")]
         last = i
     if len(shown) < len(bars):
         yield [("first, last, longest and failed steps only; --all shows every one", "dim")]
@@ -179,7 +210,3 @@ def _lay_out(bars: Sequence[_Bar]) -> float:
 
 def _work(bars: Sequence[_Bar]) -> str:
     return span(sum(bar.step.seconds for bar in bars))
-
-
-def _wrapped(text: str, columns: int) -> list[str]:
-    return [line.plain.rstrip() for line in Text(text).wrap(out, max(columns, 20))]

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import Durable, Outcome, StoreUnavailable, WorkflowSuspended
 from ..store.rows import printable
-from .text import Line, out, span, write
+from .text import Line, err, in_lines, out, span, write
 
 
 class Stopped(BaseException):
@@ -54,6 +54,7 @@ class Worker:
     """Resumes workflows and reports each. After a signal it stops before the next one."""
 
     durable: Durable
+    verbose: bool = False
     counts: Counter[str] = field(factory=Counter)
     stopped_by: int = 0
     _asleep: bool = False
@@ -61,34 +62,44 @@ class Worker:
     def once(self, ids: Sequence[str], prefix: str, limit: int) -> None:
         """Resume these ids, or else all pending runs; with a progress bar on a terminal."""
         durable = self.durable
-        if not out.is_terminal:
-            self._pass(ids, prefix, limit, _print)
+        if self.verbose or not err.is_terminal:
+            self._pass(ids, prefix, limit, self._print)
             return
         total = len(ids or durable.list_pending(prefix, limit))
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(TextColumn("resuming"), *columns, console=out, transient=True) as progress:
+        with Progress(TextColumn("resuming"), *columns, console=err, transient=True) as progress:
             task = progress.add_task("", total=total)
 
-            def report(outcome: Outcome, line: Line) -> None:
+            def report(outcome: Outcome, lines: Sequence[Line]) -> None:
                 progress.advance(task)
                 if outcome.status != "completed":
-                    write([line])
+                    write(lines, err)
 
             self._pass(ids, prefix, limit, report)
         told = ", ".join(f"{count} {status}" for status, count in sorted(self.counts.items()))
-        out.print(told or "nothing is pending")
+        err.print(told or "nothing is pending")
 
     def loop(self, prefix: str, limit: int, pause: float) -> None:
         """Resume pending runs again and again, ``pause`` seconds apart, surviving outages."""
         while True:
             try:
-                self._pass((), prefix, limit, _print)
+                self._pass((), prefix, limit, self._print)
             except StoreUnavailable as error:
                 click.echo(printable(f"{error}; trying again in {pause:g} s"), err=True)
             self._sleep(pause)
 
+    def _print(self, outcome: Outcome, lines: Sequence[Line]) -> None:
+        if outcome.status == "failed":
+            write(lines, err)
+        elif self.verbose or out.is_terminal:
+            write(lines)
+
     def _pass(
-        self, ids: Sequence[str], prefix: str, limit: int, show: Callable[[Outcome, Line], None]
+        self,
+        ids: Sequence[str],
+        prefix: str,
+        limit: int,
+        show: Callable[[Outcome, Sequence[Line]], None],
     ) -> None:
         started = time.monotonic()
 
@@ -96,7 +107,7 @@ class Worker:
             nonlocal started
             now = time.monotonic()
             self.counts[outcome.status] += 1
-            show(outcome, _line(outcome, now - started))
+            show(outcome, _lines(outcome, now - started, self.verbose))
             started = now
             if self.stopped_by:
                 raise Stopped
@@ -135,16 +146,16 @@ class Worker:
                 signal.signal(signum, handler)
 
 
-def _line(outcome: Outcome, seconds: float) -> Line:
+def _lines(outcome: Outcome, seconds: float, verbose: bool) -> list[Line]:
+    """Say what came of a run in one line, or in more if its error has more."""
     line: Line = [(f"{outcome.status:<9}", outcome.status), (f"  {printable(outcome.id)}", "")]
     line += [(f"  {span(seconds)}", "dim")]
     error = outcome.error
+    if error is None:
+        return [line]
     if outcome.status == "suspended" and isinstance(error, WorkflowSuspended):
-        line += [(f"  in step {error.key!r}", "")]
-    elif error is not None:
-        line += [(f"  {printable(f'{type(error).__name__}: {error}')}", "")]
-    return line
-
-
-def _print(outcome: Outcome, line: Line) -> None:
-    write([line])
+        return [[*line, (f"  in step {error.key!r}", "")]]
+    first, *others = in_lines(f"{type(error).__name__}: {error}")
+    if verbose and outcome.status == "failed":
+        others = in_lines("".join(traceback.format_exception(error)).rstrip("\n"))
+    return [[*line, (f"  {first}", "")], *([(f"    {other}", "")] for other in others)]

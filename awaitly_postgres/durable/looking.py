@@ -12,7 +12,16 @@ from .. import _json
 from .._checks import check_limit
 from ..errors import WorkflowCancelled, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot
-from ..store.rows import RunInfo, State, StepInfo, check_state, decode_snapshot, steps_of
+from ..store.database import Connection
+from ..store.rows import (
+    RunInfo,
+    State,
+    StepInfo,
+    check_state,
+    decode_snapshot,
+    steps_of,
+    traceback_of,
+)
 from ..workflow import failure as _failure
 from ..workflow.codec import decode
 from .options import Options
@@ -27,26 +36,30 @@ _POLL = 0.05, 1.0  # seconds between two reads of a run that has not ended: at f
 class Looking(Options):
     """The part of `Durable` that reads stored runs and changes nothing."""
 
-    def get(self, id: str) -> RunInfo | None:
+    def get(self, id: str, *, conn: Connection | None = None) -> RunInfo | None:
         """Return the run stored as ``id`` with its steps, or None if there is none.
 
         Its result is decoded as `run` would return it, if its workflow is registered here; the
         values of its steps are JSON, as stored. Errors are exceptions of their own class if that is
         loaded, else `StepFailed`.
 
+        Args:
+            id: the id of the run.
+            conn: a psycopg connection; the run is read in its transaction.
+
         Raises:
             SnapshotFormatError: what is stored is not a snapshot, or the codec cannot decode it.
         """
         store = self.store
-        rows = store._db.rows(store._sql.get, {"id": store.key(id)})
+        rows = store._db.rows(store._sql.get, {"id": store.key(id)}, conn)
         if not rows:
             return None
         *columns, text, journal = rows[0]
         snapshot = decode_snapshot(id, text, journal)
         info = RunInfo.from_columns(columns, store.prefix)
         steps = tuple(_with_error(step, snapshot) for step in steps_of(snapshot))
-        info = evolve(info, steps=steps, step_count=len(steps))
         metadata = snapshot.metadata or {}
+        info = evolve(info, steps=steps, step_count=len(steps), input=metadata.get("input"))
         if info.state == "completed":
             return evolve(info, result=self._result(info, metadata.get("output")))
         if info.state == "cancelled":
@@ -54,11 +67,11 @@ class Looking(Options):
         failure = metadata.get("failure")
         if not isinstance(failure, Mapping):
             return info
-        stack = failure.get("stack")
         return evolve(
             info,
             error=_failure.of_run(str(metadata.get("lastStepKey", "")), failure),
-            traceback=stack if isinstance(stack, str) else None,
+            traceback=traceback_of(failure),
+            cause=failure,
         )
 
     def list(

@@ -703,11 +703,15 @@ WHERE {unfinished}
 ORDER BY updated_at, id COLLATE "C"
 LIMIT %(limit)s::bigint
 
+-- fragment: snapshots_and_leases
+-- Each snapshot, with the lease that a process holds on it, if any.
+{snapshots} s LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
+
 -- fragment: state
--- Where a run stands, in one word; RunInfo says what each means. It wants the lease, if there is
--- one, joined as l. What no Durable has stored has no workflow, and is not tried again by itself.
--- A start counts, and sets a pause, before it runs: whatever is not due, and waits for nothing, has
--- been started and has died, unless it was accepted for a later time and not started yet.
+-- Where a run of snapshots_and_leases stands, in one word; RunInfo says what each means. What no
+-- Durable has stored has no workflow, and is not tried again by itself. A start counts, and sets a
+-- pause, before it runs: whatever is not due, and waits for nothing, has been started and has died,
+-- unless it was accepted for a later time and not started yet.
 CASE
     WHEN {status} = 'completed' THEN 'completed'
     WHEN snapshot->'metadata'->'cancelledAt' IS NOT NULL THEN 'cancelled'
@@ -762,8 +766,7 @@ END
 -- unfinished runs is looked for along their partial index, which is small; the planner sees that
 -- only because the condition of that index stands beside.
 SELECT {run_columns}
-FROM {snapshots} s
-LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
+FROM {snapshots_and_leases}
 WHERE TRUE
     AND s.id = ANY(%(ids)s::text[])                                 -- if ids
     {and_in_range}
@@ -779,8 +782,7 @@ LIMIT %(limit)s::bigint
 -- name: get
 -- One run with its document and its journal, as they are at one moment.
 SELECT {run_columns}, snapshot::text, {journaled_steps}
-FROM {snapshots} s
-LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
+FROM {snapshots_and_leases}
 WHERE s.id = %(id)s
 
 -- name: unfinished
@@ -800,19 +802,30 @@ WHERE {unfinished}
 ORDER BY updated_at, id COLLATE "C"
 LIMIT %(limit)s::bigint
 
+-- name: where_state
+-- A condition for queries of others on the table of snapshots. No parameter is sent with it: the
+-- caller puts one of the seven states, which are checked, into its text. Nearly all runs are
+-- completed, so those are not joined with themselves.
+{status} = %(completed)s                             -- if completed
+id IN (                                              -- if unfinished
+    SELECT s.id FROM {snapshots_and_leases}          -- if unfinished
+    WHERE {unfinished} AND {state} = %(unfinished)s  -- if unfinished
+)                                                    -- if unfinished
+
 -- name: stats
--- Rows in all, rows of each status, and bytes. Only the unfinished ones are grouped, by the
--- partial index; the caller gets the number of completed ones by subtraction.
-SELECT 'total', NULL, count(*) FROM {snapshots}
+-- Rows in all, rows of each status and state, and bytes. Only the unfinished ones are grouped, by
+-- the partial index; the caller gets the number of completed ones by subtraction.
+SELECT 'total', NULL, NULL, count(*) FROM {snapshots}
 WHERE TRUE
     {and_in_range}
 UNION ALL
-SELECT 'status', COALESCE({status}, 'running'), count(*) FROM {snapshots}
+SELECT 'unfinished', COALESCE({status}, 'running'), {state}, count(*)
+FROM {snapshots_and_leases}
 WHERE {unfinished}
     {and_in_range}
-GROUP BY 2
+GROUP BY 2, 3
 UNION ALL
-SELECT 'bytes', NULL, sum(pg_total_relation_size(name::regclass))::bigint
+SELECT 'bytes', NULL, NULL, sum(pg_total_relation_size(name::regclass))::bigint
 FROM unnest(%(tables)s::text[]) AS name
 
 

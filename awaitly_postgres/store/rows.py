@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
@@ -27,6 +28,7 @@ __all__ = [
     "State",
     "StepInfo",
     "StoreStats",
+    "age",
     "check_id",
     "check_state",
     "elide",
@@ -35,6 +37,7 @@ __all__ = [
     "printable",
     "read_time",
     "reasons",
+    "span",
     "steps_of",
 ]
 
@@ -43,6 +46,7 @@ State = Literal["pending", "running", "waiting", "retrying", "completed", "faile
 STATES: tuple[State, ...] = typing.get_args(State)
 
 _NEVER = 9999  # the year of a wakeAt that only a signal ends
+_CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
 _FEW = 10  # first, last, longest and failed steps that are shown of many
 
 
@@ -57,11 +61,28 @@ class SnapshotInfo:
 
 @frozen
 class StoreStats:
-    """How much is stored: snapshots in all and by status, and bytes of all tables and indexes."""
+    """How much is stored: snapshots in all, by stored status and by state, and the size in bytes.
+
+    The size is that of all tables and indexes. A status or state that no snapshot has is left out.
+    """
 
     total: int
     by_status: Mapping[str, int]
     bytes: int
+    by_state: Mapping[str, int]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Sequence[Any]]) -> StoreStats:
+        """Read what the statement ``stats`` counts: of the completed ones, all but the others."""
+        numbers = {what: count for what, *_, count in rows}
+        counted = [row[1:] for row in rows if row[0] == "unfinished"]
+        if completed := numbers["total"] - sum(count for *_, count in counted):
+            counted.insert(0, ("completed", "completed", completed))
+        by_status, by_state = Counter[str](), Counter[str]()
+        for status, state, count in counted:
+            by_status[status] += count
+            by_state[state] += count
+        return cls(numbers["total"], dict(by_status), numbers["bytes"], dict(by_state))
 
 
 @frozen
@@ -96,7 +117,7 @@ class StepInfo:
             started_at=read_time(meta.get("startedAt")),
             duration=None if milliseconds is None else _number(milliseconds) / 1000,
             value=step.get("value"),
-            traceback=_text(as_mapping(step.get("cause")).get("stack")),
+            traceback=traceback_of(step.get("cause")),
             cause=step.get("cause"),
             stored_error=step.get("error"),
             seq=_number(meta.get("seq")) or float("inf"),
@@ -133,8 +154,9 @@ class RunInfo:
     - ``"completed"``, ``"failed"`` (for good), ``"cancelled"``.
 
     ``attempts`` counts the starts since it last got further. ``metadata`` is what the user gave.
-    `Durable.get` tells the ``result``, the ``error`` (the exception, rebuilt), its ``traceback``
-    and the ``steps`` as well; a listing does not read them.
+    `Durable.get` tells the ``input`` (JSON as stored), the ``result``, the ``error`` (the
+    exception, rebuilt), its ``traceback``, the JSON ``cause`` that both are made of, and the
+    ``steps`` as well; a listing does not read them.
     """
 
     id: str
@@ -151,9 +173,11 @@ class RunInfo:
     step_count: int
     status: str  # as stored
     seen_at: datetime
+    input: Any = None
     result: Any = None
     error: BaseException | None = None
     traceback: str | None = None
+    cause: Any = None
     steps: Sequence[StepInfo] = ()
 
     @classmethod
@@ -186,6 +210,23 @@ class RunInfo:
         """Whether it would be taken up now, if nobody holds it."""
         due = self.next_at is None or self.next_at <= self.seen_at
         return self.state == "pending" or (self.state == "retrying" and due)
+
+    @property
+    def what_next(self) -> str:
+        """When it goes on, in words; nothing if never, or if a process is running it now."""
+        if self.workflow is None or self.state in ("running", "completed", "failed", "cancelled"):
+            return ""
+        if self.is_due:
+            return "due"
+        left = "" if self.next_at is None else span((self.next_at - self.seen_at).total_seconds())
+        if self.state == "retrying" or not self.waits_for:
+            return f"in {left}"
+        return f"waits for {', '.join(self.waits_for)}" + (left and f", {left} left")
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why it failed last, and why that, nearest first; nothing if it did not fail."""
+        return reasons(self.cause)
 
     @property
     def held_by(self) -> str:
@@ -223,6 +264,16 @@ def reasons(failure: object) -> tuple[str, ...]:
             told.append(": ".join(str(part) for part in (name, message) if part))
         failure = failure.get("cause")
     return tuple(told)
+
+
+def traceback_of(failure: object) -> str | None:
+    """Return the stored traceback of a failure, those of its causes above it, as Python has it."""
+    stacks: list[str] = []
+    while isinstance(failure, Mapping):
+        if isinstance(stack := failure.get("stack"), str):
+            stacks.insert(0, stack)
+        failure = failure.get("cause")
+    return _CAUSED.join(stacks) or None
 
 
 def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:
@@ -282,6 +333,34 @@ def printable(text: str, keep: str = "") -> str:
     )
 
 
+def span(seconds: float) -> str:
+    """Write a duration: ``40 µs``, ``0.3 ms``, ``12 ms``, ``1.2 s``, ``3m12s``, ``4d``."""
+    if seconds < 0.9995:
+        milliseconds = max(seconds, 0.0) * 1000
+        if milliseconds < 0.0995:
+            return f"{milliseconds * 1000:.0f} µs"
+        return f"{milliseconds:.1f} ms" if milliseconds < 9.95 else f"{milliseconds:.0f} ms"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{left:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h{minutes:02d}m"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours:02d}h" if days < 4 else f"{days}d"
+
+
+def age(seconds: float) -> str:
+    """Write how long ago something was, in one unit: ``0s``, ``119s``, ``3m``, ``2h``, ``4d``."""
+    whole = max(int(seconds), 0)
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if whole >= 2 * size:
+            return f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
 def elide(text: str, most: int | None, sign: str = "…") -> str:
     """Cut ``text`` to at most so many characters, ``sign`` included; None: not at all."""
     return text if most is None or len(text) <= most else text[: most - len(sign)] + sign
@@ -310,7 +389,3 @@ def _of_the_user(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _number(value: object) -> float:
     return float(value) if isinstance(value, (int, float)) and value > 0 else 0.0
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) else None

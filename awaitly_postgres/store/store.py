@@ -18,7 +18,15 @@ from ..snapshot import WorkflowSnapshot
 from . import lease, renewal
 from .database import Connection, Database, execute, fetch
 from .lease import DEFAULT_TTL, Lease
-from .rows import RunInfo, SnapshotInfo, StoreStats, decode_snapshot, encode_snapshot
+from .rows import (
+    RunInfo,
+    SnapshotInfo,
+    State,
+    StoreStats,
+    check_state,
+    decode_snapshot,
+    encode_snapshot,
+)
 from .statements import Statements, filtered, prefix_bounds
 
 _PAGE = 500
@@ -229,11 +237,16 @@ class SnapshotStore:
         """Count what is stored."""
         params = {**self._range(""), "tables": list(self._sql.regclasses.values())}
         rows = self._listed(self._sql.stats, params)
-        numbers = {what: count for what, _, count in rows}
-        by_status = {status: count for what, status, count in rows if what == "status"}
-        completed = numbers["total"] - sum(by_status.values())
-        by_status = {"completed": completed, **by_status} if completed else by_status
-        return StoreStats(numbers["total"], by_status, numbers["bytes"])
+        return StoreStats.from_rows(rows)
+
+    def where_state(self, state: State) -> str:
+        """Return an SQL condition, for queries of your own on the table of snapshots.
+
+        It is true for the rows of runs in ``state``, whatever the store's prefix.
+        """
+        which = "completed" if state == "completed" else "unfinished"
+        params = {which: f"'{check_state(state)}'"}
+        return filtered(self._sql.where_state, params).decode() % params
 
     def ping(self) -> bool:
         """Return True if the database answers; otherwise raise `StoreError`."""

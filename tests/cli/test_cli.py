@@ -17,6 +17,7 @@ import sysconfig
 import termios
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowSuspended
+from awaitly_postgres.store.rows import STATES
 from tests.support import DATA
 
 EXECUTABLE = str(Path(sysconfig.get_path("scripts"), "awaitly-postgres"))
@@ -302,7 +304,7 @@ def test_list_in_a_pipe_has_stable_columns(run: Run, store: SnapshotStore) -> No
     held = store.try_acquire("b", ttl=600)
     done = run("list", COLUMNS="40")
     head, *lines = done.stdout.splitlines()
-    assert head.split() == ["ID", "STATUS", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW"]
+    assert head.split() == ["ID", "STATE", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW"]
     holder = held.token.rpartition(":")[0]
     cells = [re.split(r" {2,}", line) for line in lines]
     assert [[c[0], c[1], *c[3:]] for c in cells] == [
@@ -312,21 +314,27 @@ def test_list_in_a_pipe_has_stable_columns(run: Run, store: SnapshotStore) -> No
     assert "\x1b" not in done.stdout
 
 
-def test_list_json_tells_everything(run: Run, store: SnapshotStore) -> None:
-    """--json gives steps, times, and the lease with its holder and end."""
-    store.save("b", snapshot(2, "running", workflow="shop", attempts=3))
+def test_list_json_has_the_fields_of_run_info(run: Run, store: SnapshotStore) -> None:
+    """Under their own names, with times in ISO 8601."""
+    metadata = {"custom": {"tenant": "acme"}, "wakeAt": "2999-01-01T00:00:00.000Z"}
+    waits = {"approval": None}
+    given = {"workflow": "shop", "version": 2, "attempts": 3, "waits": waits, **metadata}
+    store.save("b", snapshot(2, "running", **given))
     held = store.try_acquire("b", ttl=600)
     (row,) = json.loads(run("list", "--json").stdout)
     assert row.pop("updated_at") == store.list()[0].updated_at.isoformat()
     assert row == {
         "id": "b",
-        "status": "running",
-        "steps": 2,
         "workflow": "shop",
+        "version": 2,
+        "state": "running",
         "attempts": 3,
-        "cancelled": False,
-        "wake_at": None,
-        "lease": {"holder": held.token, "expires_at": held.expires_at.isoformat()},
+        "next_at": "2999-01-01T00:00:00+00:00",
+        "waits_for": ["approval"],
+        "holder": held.token,
+        "held_until": held.expires_at.isoformat(),
+        "metadata": {"tenant": "acme"},
+        "step_count": 2,
     }
 
 
@@ -339,7 +347,7 @@ def test_steps_are_counted_in_the_snapshot_and_the_journal(
         "INSERT INTO awaitly_snapshots_steps VALUES "
         """('a', 'step-00001', '{"ok": true}'), ('a', 'new', '{"ok": true}')"""
     )
-    assert json.loads(run("list", "--json").stdout)[0]["steps"] == 3
+    assert json.loads(run("list", "--json").stdout)[0]["step_count"] == 3
 
 
 def test_rows_of_node_are_listed_and_shown(
@@ -352,14 +360,14 @@ def test_rows_of_node_are_listed_and_shown(
     db.execute("INSERT INTO awaitly_snapshots VALUES ('new', %s, now())", [json.dumps(resumable)])
     steps = {id: len(row["steps"]) for id, row in NODE_ROWS.items()} | {"new": 1}
     listed = json.loads(run("list", "--json").stdout)
-    assert {row["id"]: row["steps"] for row in listed} == steps
+    assert {row["id"]: row["step_count"] for row in listed} == steps
     shown = {id: run("show", id).stdout for id in ("node-failed-result", "new")}
     assert "✗ fetch-missing\n    string: NOT_FOUND\n" in shown["node-failed-result"]
     assert "✓ one\n" in shown["new"]
 
 
 def test_list_filters(run: Run, store: SnapshotStore) -> None:
-    """--prefix is exact, --status and --limit leave out the rest."""
+    """--prefix is exact, --state and --limit leave out the rest."""
     for id, status in (
         ("a_1", "failed"),
         ("a_2", "failed"),
@@ -367,7 +375,7 @@ def test_list_filters(run: Run, store: SnapshotStore) -> None:
         ("ab", "failed"),
     ):
         store.save(id, snapshot(1, status))
-    done = run("list", "--json", "--prefix", "a_", "--status", "failed", "--limit", "1")
+    done = run("list", "--json", "--prefix", "a_", "--state", "failed", "--limit", "1")
     assert [row["id"] for row in json.loads(done.stdout)] == ["a_2"]
 
 
@@ -412,8 +420,10 @@ def test_nonsense_in_one_row_ends_no_listing(
     assert {line.split()[0] for line in done.stdout.splitlines()[1:]} == {"odd", "sound"}
 
 
-def test_what_comes_next_is_told(run: Run, store: SnapshotStore, durable: Durable) -> None:
-    """NEXT tells what is due, paused, waiting, woken by an answer, and cancelled."""
+def test_each_state_is_listed_with_what_comes_next(
+    run: Run, store: SnapshotStore, durable: Durable
+) -> None:
+    """STATE is one of the seven words; NEXT is when the run goes on, if it does by itself."""
 
     @durable.workflow
     def waiting(step: Step) -> None:
@@ -428,22 +438,37 @@ def test_what_comes_next_is_told(run: Run, store: SnapshotStore, durable: Durabl
     durable.signal("woken", "approval", 1)
     with pytest.raises(RuntimeError):
         durable.run("failed", failing)
-    store.save("paused", snapshot(0, "failed", workflow="w", wakeAt="2999-01-01T00:00:00.000Z"))
+    far_off = "2999-01-01T00:00:00.000Z"
+    store.save("paused", snapshot(0, "failed", workflow="w", wakeAt=far_off))
+    store.save("given-up", snapshot(0, "failed", workflow="w", gaveUpAt=far_off))
+    store.save(
+        "asleep", snapshot(0, "running", workflow="w", wakeAt=far_off, waits={"nap": far_off})
+    )
     store.save("by-hand", snapshot(1, "running"))
     durable.submit("new", durable.workflow(checkout), "u")
-    durable.submit("cancelled", durable.workflow(checkout), "u")
+    durable.run("done", checkout, "u")
+    for id in ("cancelled", "held"):
+        durable.submit(id, durable.workflow(checkout), "u")
     durable.cancel("cancelled")
+    store.try_acquire("held", ttl=600)
     lines = [re.split(r" {2,}", line) for line in run("list").stdout.splitlines()[1:]]
-    next = {cells[0]: cells[5] for cells in lines}
-    assert next.pop("failed").startswith(("retry in ", "due"))
-    assert next.pop("paused").startswith("retry in ")
-    assert next == {
-        "waits": "waits for approval",
-        "woken": "due",
-        "by-hand": "-",
-        "new": "due",
-        "cancelled": "cancelled",
+    told = {cells[0]: (cells[1], re.sub(r"\d+d", "ages", cells[5])) for cells in lines}
+    assert told.pop("failed")[0] == "retrying"  # for a second, then it is due
+    assert told == {
+        "waits": ("waiting", "waits for approval"),
+        "asleep": ("waiting", "waits for nap, ages left"),
+        "woken": ("pending", "due"),
+        "paused": ("retrying", "in ages"),
+        "given-up": ("failed", "-"),
+        "by-hand": ("pending", "-"),
+        "new": ("pending", "due"),
+        "done": ("completed", "-"),
+        "cancelled": ("cancelled", "-"),
+        "held": ("running", "-"),
     }
+    for state in STATES:
+        listed = json.loads(run("list", "--json", "--state", state).stdout)
+        assert {row["state"] for row in listed} == {state}
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["show", "evil\x1b[31m\nred"]])
@@ -490,9 +515,11 @@ def test_show_tells_input_lease_and_why_steps_failed(
     run("resume", "flows:durable")
     held = store.try_acquire("a")
     shown = run("show", "a").stdout
-    assert "failed" in shown
+    assert "state      running, " in shown
     assert f"held by {held.token.rpartition(':')[0]}" in shown
+    assert "current    the step after charge\n" in shown
     assert '("bad")' in shown
+    assert "error      CardDeclined: no funds\n           caused by KeyError: 'card'\n" in shown
     assert "✗ charge" in shown
     assert "    CardDeclined: no funds\n    caused by KeyError: 'card'\n" in shown
 
@@ -507,8 +534,80 @@ def test_show_tells_a_failure_outside_of_steps(run: Run, durable: Durable) -> No
     with pytest.raises(LookupError):
         durable.run("a", breaks)
     shown = run("show", "a").stdout
-    assert "failure   LookupError: between steps\n" in shown
+    assert "error      LookupError: between steps\n" in shown
     assert "✓ one" in shown
+    assert 'raise LookupError("between steps")\n    LookupError: between steps\n' in shown
+
+
+def test_show_elides_a_long_traceback(run: Run, durable: Durable) -> None:
+    """Its end is shown, with the cause above the failure; --all shows it in full."""
+
+    def deep(level: int) -> None:
+        if level:
+            return deep(level - 1)
+        try:
+            raise KeyError("the cause")
+        except KeyError as error:
+            raise LookupError("the failure") from error
+
+    def work(step: Step) -> None:
+        step("deep", deep, 9)
+
+    with pytest.raises(LookupError):
+        durable.run("a", work)
+    brief, whole = run("show", "a").stdout, run("show", "a", "--all").stdout
+    assert brief.splitlines()[-1] == whole.splitlines()[-1] == "    LookupError: the failure"
+    hidden = re.search(r"\n⋮ (\d+) more lines; --all shows them\n", brief)
+    assert hidden is not None
+    assert len(whole.splitlines()) == len(brief.splitlines()) + int(hidden[1]) - 1
+    assert "KeyError: 'the cause'\n" in whole
+    assert "direct cause of the following exception" in whole
+    told = json.loads(run("show", "a", "--json").stdout)
+    assert told["error"] == "LookupError: the failure\ncaused by KeyError: 'the cause'"
+    assert told["traceback"] == "\n".join(line[4:] for line in traceback_in(whole)) + "\n"
+
+
+def traceback_in(shown: str) -> list[str]:
+    """The lines of the traceback at the end of what ``show`` prints."""
+    lines = shown.splitlines()
+    return lines[lines.index("traceback") + 1 :]
+
+
+def test_errors_of_several_lines_are_readable(run: Run, durable: Durable) -> None:
+    """Each line is indented, and none can steer the terminal."""
+
+    def refuse() -> None:
+        raise ValueError("first line\n\tsecond \x1b[2J line")
+
+    with pytest.raises(ValueError, match="second"):
+        durable.run("a", lambda step: step("refuse", refuse))
+    shown = run("show", "a").stdout
+    lines = "ValueError: first line", "        second \\x1b[2J line"
+    assert f"error      {lines[0]}\n           {lines[1]}\n" in shown
+    assert f"    {lines[0]}\n    {lines[1]}\n" in shown
+
+
+def test_show_tells_what_was_returned_and_given(run: Run, store: SnapshotStore) -> None:
+    """The result of a completed run, and the user's own metadata."""
+    durable = Durable(store, metadata={"tenant": "acme"})
+    durable.run("a", checkout, "ada")
+    shown = run("show", "a").stdout
+    assert 'metadata   {"tenant": "acme"}\n' in shown
+    assert 'input      ("ada")\nresult     "ADA"\n' in shown
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "text"),
+    [(0.045, "45 µs"), (0.3, "0.3 ms"), (41, "41 ms"), (1200, "1.2 s"), (192_000, "3m12s")],
+)
+def test_a_step_of_any_length_is_readable(
+    run: Run, store: SnapshotStore, milliseconds: float, text: str
+) -> None:
+    """In the unit that leaves few digits."""
+    stored = snapshot(1)
+    stored["steps"]["step-00000"]["meta"]["durationMs"] = milliseconds
+    store.save("a", stored)
+    assert f"✓ step-00000  {text:>7}  " in run("show", "a").stdout
 
 
 def test_bars_stand_where_and_as_long_as_steps_ran(run: Run, store: SnapshotStore) -> None:
@@ -519,13 +618,13 @@ def test_bars_stand_where_and_as_long_as_steps_ran(run: Run, store: SnapshotStor
         step["meta"] |= {"startedAt": f"2026-01-01T{start}.000Z", "durationMs": took}
     store.save("a", stored)
     shown = run("show", "a").stdout.splitlines()
-    bars = [line.split("s  ", 1)[1] for line in shown if line.startswith("✓")]
+    bars = [line.split(" s  ", 1)[1] for line in shown if line.startswith("✓")]
     room = max(map(len, bars))
     found = [(bar.index("━") / room, bar.count("━") / room) for bar in bars]
     for given, wanted in zip(found, [(0, 0.5), (0.5, 0.25), (0.75, 0.25)], strict=True):
         assert given == pytest.approx(wanted, abs=0.02)
     assert "⋮ 8h00m later" in shown
-    assert 'output    {"order": 1}' in shown
+    assert 'result     {"order": 1}' in shown
 
 
 def test_show_of_many_steps_shows_those_that_matter(
@@ -561,31 +660,46 @@ def test_show_cuts_long_values_unless_asked_for_all(run: Run, store: SnapshotSto
     assert run("show", "a", "--all").stdout.count("x") == 5000
 
 
-def test_show_json_holds_the_stored_document(run: Run, store: SnapshotStore) -> None:
-    """--json has the snapshot as it is stored."""
-    store.save("a", snapshot(2, note="é"))
+def test_show_json_has_the_fields_of_run_info_and_step_info(
+    run: Run, durable: Durable, db: psycopg.Connection
+) -> None:
+    """What the listing has, and what was given, returned and done, with durations in seconds."""
+    durable.run("a", checkout, "ada")
+    (listed,) = json.loads(run("list", "--json").stdout)
     shown = json.loads(run("show", "a", "--json").stdout)
-    assert (shown["id"], shown["steps"]) == ("a", 2)
-    assert shown["snapshot"] == snapshot(2, note="é")
+    (step,) = shown.pop("steps")
+    assert shown == {
+        **listed,
+        "input": {"args": ["ada"], "kwargs": {}},
+        "result": "ADA",
+        "error": None,
+        "traceback": None,
+    }
+    started_at, duration = step.pop("started_at"), step.pop("duration")
+    assert datetime.fromisoformat(started_at).tzinfo is not None
+    assert 0 <= duration < 60
+    done = {"key": "charge", "state": "completed", "value": "ADA"}
+    assert step == {**done, "error": None, "traceback": None}
 
 
 # -- stats and watch -----------------------------------------------------------------------
 
 
-def test_stats_counts_by_status_under_a_prefix(
+def test_stats_counts_by_state_under_a_prefix(
     run: Run, store: SnapshotStore, durable: Durable
 ) -> None:
-    """Counts are by status; the oldest pending one is named by its whole id."""
+    """Counts are by state; the oldest pending one is named by its whole id."""
     store.save("a:1", snapshot())
     store.save("a:2", snapshot(1, "failed"))
     durable.submit("a:3", durable.workflow(checkout), "u")
     durable.submit("b:0", durable.workflow(checkout), "u")
     told = json.loads(run("stats", "--json", "--prefix", "a:").stdout)
-    assert told["by_status"] == {"completed": 1, "failed": 1, "running": 1}
+    assert told["by_state"] == {"completed": 1, "failed": 1, "pending": 1}
     assert (told["total"], told["bytes"] > 0) == (3, True)
     assert told["oldest_pending"]["id"] == "a:3"  # a:1 and a:2 were saved by hand
     lines = run("stats").stdout.splitlines()
-    assert [line.split() for line in lines[:2]] == [["total", "4"], ["completed", "1"]]
+    counts = [["total", "4"], ["pending", "2"], ["completed", "1"], ["failed", "1"]]
+    assert [line.split() for line in lines[:4]] == counts
 
 
 def test_watch_shows_changes_until_it_is_interrupted(
@@ -593,10 +707,12 @@ def test_watch_shows_changes_until_it_is_interrupted(
 ) -> None:
     """A workflow that is stored meanwhile appears; Ctrl-C ends it without a word, with 0."""
     store.save("first-one", snapshot())
-    screen = terminal("watch", "--interval", "0.1")
+    store.save("no-match", snapshot(1, "failed"))
+    screen = terminal("watch", "--interval", "0.1", "--state", "completed")
     screen.read_until("first-one")
     store.save("second-one", snapshot())
     screen.read_until("second-one")
+    assert "no-match" not in screen.text
     screen.process.send_signal(signal.SIGINT)
     assert screen.end() == 0
     assert "Traceback" not in screen.text
@@ -664,28 +780,31 @@ def test_prune_shows_a_bar_on_a_terminal(
 # -- resume --------------------------------------------------------------------------------
 
 
-def test_resume_in_cron_prints_a_line_for_each_and_fails_if_one_failed(
-    run: Run, durable: Durable, db: psycopg.Connection
+@pytest.mark.parametrize("verbose", [False, True])
+def test_resume_in_cron_prints_failures_to_stderr_and_fails_if_one_failed(
+    run: Run, durable: Durable, db: psycopg.Connection, verbose: bool
 ) -> None:
-    """All that is pending is finished, one failure does not stop the rest but is the status."""
+    """All that is pending is finished; --verbose has a line for each and the traceback."""
     for id, user in (("a", "ada"), ("b", "bad"), ("c", "eve")):
         durable.submit(id, durable.workflow(checkout), user)
-    done = run("resume", "flows:durable")
+    done = run("resume", "flows:durable", *(["--verbose"] if verbose else []))
     assert done.returncode == 1
-    assert [line.split()[:2] for line in done.stdout.splitlines()] == [
-        ["completed", "a"],
-        ["failed", "b"],
-        ["completed", "c"],
-    ]
-    assert "CardDeclined: no funds" in done.stdout
+    told = [line.split()[:2] for line in done.stdout.splitlines()]
+    assert told == ([["completed", "a"], ["completed", "c"]] if verbose else [])
+    failed, *others = done.stderr.splitlines()
+    assert re.fullmatch(r"failed     b  \S+ [mµ]?s  CardDeclined: no funds", failed)
+    assert ("    Traceback (most recent call last):" in others) is verbose
+    assert bool(others) is verbose
     assert statuses(db) == {"a": "completed", "b": "failed", "c": "completed"}
 
 
-def test_resume_with_nothing_to_do_is_silent(run: Run, store: SnapshotStore) -> None:
-    """Cron sends no mail when nothing is pending."""
-    store.save("a", snapshot())
-    done = run("resume", "flows:durable")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_resume_is_silent_unless_something_failed(run: Run, durable: Durable) -> None:
+    """Cron sends no mail when nothing is pending, nor when all went well."""
+    durable.submit("a", durable.workflow(checkout), "ada")
+    for _ in range(2):
+        done = run("resume", "flows:durable")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert durable.store.list()[0].status == "completed"
 
 
 def test_resume_takes_ids_a_prefix_or_a_limit(
@@ -715,7 +834,7 @@ def test_resume_leaves_what_another_holds(
     """A given id that somebody works on is skipped, with the holder's name."""
     durable.submit("a", durable.workflow(checkout), "ada")
     held = store.try_acquire("a", ttl=600)
-    done = run("resume", "flows:durable", "a")
+    done = run("resume", "flows:durable", "a", "--verbose")
     assert (done.returncode, done.stdout.split()[:2]) == (0, ["skipped", "a"])
     assert held.token in done.stdout
     assert statuses(db) == {"a": "running"}
@@ -729,8 +848,8 @@ def test_a_run_that_fails_because_something_else_is_taken_has_failed(
     durable.submit("a", durable.workflow(busy), "another-id")
     held = store.try_acquire("another-id", ttl=600)
     done = run("resume", "flows:durable", *chosen)
-    assert (done.returncode, done.stdout.split()[:2]) == (1, ["failed", "a"])
-    assert "'another-id' is running elsewhere" in done.stdout
+    assert (done.returncode, done.stderr.split()[:2]) == (1, ["failed", "a"])
+    assert "'another-id' is running elsewhere" in done.stderr
     assert statuses(db) == {"a": "failed"}
     assert held.held()
 
@@ -793,7 +912,7 @@ def test_a_worker_takes_up_what_comes_later(
 ) -> None:
     """What is submitted while it runs is finished, too."""
     store.create_tables()
-    process = worker("--loop", "0.1")
+    process = worker("--loop", "0.1", "--verbose")
     for id in ("first", "second"):
         durable.submit(id, durable.workflow(checkout), "ada")
         assert process.stdout.readline().split()[:2] == ["completed", id]
@@ -805,7 +924,9 @@ def test_a_worker_stops_while_it_pauses(
     """In a pause of an hour one signal is enough; the status is 0."""
     name = f"worker_{secrets.token_hex(6)}"
     durable.submit("first", durable.workflow(checkout), "ada")
-    process = worker("--loop", "3600", DATABASE_URL=make_conninfo(url, application_name=name))
+    process = worker(
+        "--loop", "3600", "--verbose", DATABASE_URL=make_conninfo(url, application_name=name)
+    )
     assert process.stdout.readline().split()[:2] == ["completed", "first"]
     deadline = time.monotonic() + PATIENCE
     busy = (
@@ -834,7 +955,7 @@ def test_a_worker_outlives_an_outage(
     """While it cannot connect a worker says so, and afterwards it goes on."""
     durable.submit("first", durable.workflow(checkout), "ada")
     address = make_conninfo(url, user=role, password="pw")  # noqa: S106
-    process = worker("--loop", "0.1", DATABASE_URL=address, RETRY_FOR="3")
+    process = worker("--loop", "0.1", "--verbose", DATABASE_URL=address, RETRY_FOR="3")
     assert process.stdout.readline().split()[:2] == ["completed", "first"]
     db.execute(f"ALTER ROLE {role} NOLOGIN")
     db.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = %s", [role])
@@ -859,12 +980,29 @@ def test_signal_answers_a_wait(run: Run, durable: Durable, value: str) -> None:
 
     with pytest.raises(WorkflowSuspended):
         durable.run("a", waiting)
-    assert run("signal", "a", "approval", value).returncode == 0
+    answered = run("signal", "a", "approval", value)
+    assert (answered.returncode, answered.stdout, answered.stderr) == (0, "accepted\n", "")
     second = run("signal", "a", "approval", "2")
     assert (second.returncode, "already" in second.stderr) == (1, True)
     assert durable.resume("a") == json.loads(value)
     ended = run("signal", "a", "approval", "3")
     assert (ended.returncode, "is completed" in ended.stderr) == (1, True)
+
+
+def test_a_signal_that_nobody_waits_for_says_so(run: Run, durable: Durable) -> None:
+    """It is accepted all the same, since the run may come to that wait; a misspelt key shows."""
+
+    @durable.workflow
+    def waiting(step: Step) -> Any:
+        return step.wait("approval")
+
+    with pytest.raises(WorkflowSuspended):
+        durable.run("a", waiting)
+    durable.submit("b", waiting)
+    for id, why in (("a", "waiting for approval"), ("b", "pending")):
+        done = run("signal", id, "aproval", "1")
+        assert (done.returncode, done.stdout) == (0, "")
+        assert done.stderr == f"accepted, but {id!r} is not waiting for 'aproval': it is {why}\n"
 
 
 def test_cancel_ends_a_workflow_for_good(
@@ -918,7 +1056,8 @@ def test_unlock_needs_a_yes_where_nobody_can_be_asked(run: Run, store: SnapshotS
         (["prune", "--older-than", "9" * 30 + "d"], "too long"),
         (["prune"], "--older-than"),
         (["list", "--limit", "0"], "--limit"),
-        (["list", "--status", "done"], "--status"),
+        (["list", "--state", "done"], "--state"),
+        (["list", "--status", "failed"], "--status"),
         (["list", "--table", "a-b"], "a-b"),
         (["list", "--schema", "no_such_schema"], "init"),
         (["show", "nope"], "nope"),
@@ -990,7 +1129,7 @@ def test_a_row_that_is_no_snapshot_is_a_message_and_1(
     db.execute("""INSERT INTO awaitly_snapshots VALUES ('odd', '{"steps": 7}', now())""")
     db.execute("""INSERT INTO awaitly_snapshots VALUES ('odder', '"text"', NULL)""")
     listed = json.loads(run("list", "--json").stdout)
-    assert {(row["id"], row["steps"]) for row in listed} == {("odd", 0), ("odder", 0)}
+    assert {(row["id"], row["step_count"]) for row in listed} == {("odd", 0), ("odder", 0)}
     done = run("show", "odd")
     assert done.returncode == 1
     assert "steps must be an object" in done.stderr

@@ -537,7 +537,7 @@ def test_no_model_has_changed_without_a_migration(site: SimpleNamespace) -> None
 
 def a_bit_of_everything(shop: SimpleNamespace) -> None:
     """Store a workflow in each state, and rows that others have made or broken."""
-    durable = Durable(shop.workflows.durable.store)
+    durable = Durable(shop.workflows.durable.store, metadata={"tenant": "acme"})
 
     def purchase(step: Step, item: str, quantity: int = 1) -> dict[str, Any]:
         step("reserve-stock", gate(0.02), item)
@@ -573,12 +573,12 @@ def a_bit_of_everything(shop: SimpleNamespace) -> None:
         durable.run("purchase-suspended", lambda step: step.wait("approval"))
     durable.submit("purchase-cancelled", durable.workflow(purchase), "tea")
     durable.cancel("purchase-cancelled")
+    gave_up = {"workflow": "purchase", "gaveUpAt": PAST, "attempts": 8}
+    execution = {"status": "failed", "lastUpdated": PAST}
+    given_up = {"formatVersion": 1, "steps": {}, "execution": execution, "metadata": gave_up}
+    durable.store.save("purchase-given-up", given_up)
     durable.store.try_acquire("purchase-running", ttl=600)
     durable.submit("purchase-running", durable.workflow(purchase), "tea")
-    durable.submit("purchase-interrupted", durable.workflow(purchase), "tea")
-    attempts = "jsonb_set(snapshot, '{metadata,attempts}', '1')"
-    where = "WHERE id IN ('purchase-running', 'purchase-interrupted')"
-    shop.db.execute(f"UPDATE awaitly_snapshots SET snapshot = {attempts} {where}")
     resume_state = '{"kind": "ResumeState", "steps": [["a", {"ok": true, "value": 1}]]}'
     for id, snapshot in (("node", resume_state), ("broken", '{"metadata": [1]}'), ("null", "null")):
         shop.db.execute("INSERT INTO awaitly_snapshots VALUES (%s, %s)", (id, snapshot))
@@ -593,36 +593,40 @@ def listed(admin: Any, query: str = "") -> dict[str, list[str]]:
 
 
 def test_the_list_tells_where_each_workflow_stands(shop: SimpleNamespace, admin: Any) -> None:
-    """State, steps and lease; whatever else is in the table does not break the page."""
+    """State, steps, and what comes next; whatever else is in the table does not break the page."""
     a_bit_of_everything(shop)
     page = listed(admin)
     assert {id: (texts[3], texts[1]) for id, texts in page.items()} == {
         "purchase-1": ("completed", "3"),
-        "purchase/declined & odd": ("failed", "3"),
-        "purchase-submitted": ("submitted", "0"),
-        "purchase-suspended": ("suspended", "0"),
+        "purchase/declined & odd": ("retrying", "3"),
+        "purchase-submitted": ("pending", "0"),
+        "purchase-suspended": ("waiting", "0"),
         "purchase-cancelled": ("cancelled", "0"),
+        "purchase-given-up": ("failed", "0"),
         "purchase-running": ("running", "0"),
-        "purchase-interrupted": ("interrupted", "0"),
-        "node": ("saved", "1"),
-        "broken": ("saved", "0"),
-        "null": ("saved", "0"),
+        "node": ("pending", "1"),
+        "broken": ("pending", "0"),
+        "null": ("pending", "0"),
     }
-    assert page["purchase-running"][4].startswith(f"locked by {socket.gethostname()}:{os.getpid()}")
-    assert page["purchase-interrupted"][4] == "resumable now"
+    assert page["purchase-running"][4] == f"held by {socket.gethostname()}:{os.getpid()}"
+    assert page["purchase-submitted"][4] == "due"
     assert page["purchase-suspended"][4] == "waits for approval"
+    assert [len(page[id]) for id in ("purchase-1", "purchase-given-up", "node")] == [4, 4, 4]
 
 
 def test_the_list_is_filtered_and_searched(shop: SimpleNamespace, admin: Any) -> None:
     """By state and by a part of the id."""
     a_bit_of_everything(shop)
-    pending = {f"purchase-{state}" for state in ("submitted", "suspended", "interrupted")}
     for query, ids in (
+        ("state=pending", {"purchase-submitted", "node", "broken", "null"}),
         ("state=running", {"purchase-running"}),
-        ("state=failed", {"purchase/declined & odd", "purchase-cancelled"}),
+        ("state=waiting", {"purchase-suspended"}),
+        ("state=retrying", {"purchase/declined & odd"}),
         ("state=completed", {"purchase-1"}),
+        ("state=failed", {"purchase-given-up"}),
+        ("state=cancelled", {"purchase-cancelled"}),
         ("q=declined", {"purchase/declined & odd"}),
-        ("q=ED&state=pending", pending),
+        ("q=SUB&state=pending", {"purchase-submitted"}),
     ):
         assert set(listed(admin, query)) == ids, query
 
@@ -641,10 +645,15 @@ def test_the_list_leaves_the_snapshots_in_the_database(shop: SimpleNamespace, ad
 
 
 def test_one_workflow_is_shown_with_all_that_is_stored(shop: SimpleNamespace, admin: Any) -> None:
-    """Input, output, steps, and a failure with what caused it; escaped."""
+    """Metadata, input, result, steps, and a failure with its cause and traceback; escaped."""
     a_bit_of_everything(shop)
     bought = admin.get("/admin/awaitly/workflow/purchase-1/change/").content.decode()
-    for text in ("&quot;quantity&quot;: 2", "&quot;receipt&quot;: &quot;sent&quot;", "charge-card"):
+    for text in (
+        "&quot;tenant&quot;: &quot;acme&quot;",
+        "&quot;quantity&quot;: 2",
+        "&quot;receipt&quot;: &quot;sent&quot;",
+        "charge-card",
+    ):
         assert text in bought
     assert "&lt;script&gt;document.title" in bought
     assert "<script>document.title" not in bought
@@ -654,6 +663,8 @@ def test_one_workflow_is_shown_with_all_that_is_stored(shop: SimpleNamespace, ad
     assert "ValueError: card declined" in told
     assert "caused by ConnectionError: the bank hung up" in told
     assert "KeyError: &#x27;limit&#x27;" in told
+    assert "raise ConnectionError(&quot;the bank hung up&quot;)" in told
+    assert "ValueError: card declined\n</pre>" in told
     broken = admin.get("/admin/awaitly/workflow/broken/change/").content.decode()
     assert "Not a valid snapshot: formatVersion is missing" in broken
     gone = admin.get("/admin/awaitly/workflow/no-such/change/")

@@ -190,8 +190,8 @@ READS_AND_HOUSEKEEPING = [
         "runs",
         "get",
     ),
-    *("pending", "retry_at", "unfinished", "stats", "prunable"),
-    *("delete_many", "delete_many_journals"),
+    *("pending", "retry_at", "unfinished", "where_state", "stats"),
+    *("prunable", "delete_many", "delete_many_journals"),
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
 ]
 NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
