@@ -81,7 +81,7 @@ class Session:
             self.entry,
             self.input,
             lambda: self._document("running"),
-            options.max_attempts_of(self.entry),
+            self.entry.attempts_allowed(options.max_attempts),
             checkpoints=self._checkpoints,
         )
 
