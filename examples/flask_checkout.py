@@ -118,22 +118,11 @@ def unavailable(error: StoreUnavailable) -> ResponseReturnValue:
 @app.get("/checkouts/<uuid:id>")
 def status(id: UUID) -> ResponseReturnValue:
     """Show the progress of a checkout."""
-    snapshot = store.load(f"checkout:{id}")
-    if snapshot is None:
-        return render_template_string(PAGE, id=id, status="unknown"), 404
-    metadata = snapshot.metadata or {}
-    steps = sorted(snapshot.steps.items(), key=lambda item: item[1].meta.get("seq", 0))
-    longest = max((step.meta.get("durationMs", 0) for _, step in steps), default=0) or 1
-    return render_template_string(
-        PAGE,
-        id=id,
-        status=snapshot.execution.status,
-        steps=steps,
-        longest=longest,
-        order=metadata.get("output"),
-        failure=metadata.get("failure"),
-        written=snapshot.execution.last_updated,
-    )
+    run = durable.get(f"checkout:{id}")
+    if run is None:
+        return render_template_string(PAGE, id=id, state="unknown"), 404
+    longest = max((step.seconds for step in run.steps), default=0) or 1
+    return render_template_string(PAGE, id=id, state=run.state, run=run, longest=longest)
 
 
 @app.get("/health")
@@ -176,8 +165,8 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-{% if status == "running" %}<meta http-equiv="refresh" content="2">{% endif %}
-<title>Checkout {{ id }}: {{ status }}</title>
+{% if state in ("pending", "running", "waiting", "retrying") %}<meta http-equiv="refresh" content="2">{% endif %}
+<title>Checkout {{ id }}: {{ state }}</title>
 <style>
   :root { color-scheme: light dark; --line: #8884; --quiet: #888; --bar: #2f855a; }
   body { font: 16px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto;
@@ -187,7 +176,7 @@ PAGE = """<!doctype html>
             vertical-align: middle; color: #fff; background: #5c6670; }
   h1 + small { color: var(--quiet); }
   h1 .completed { background: #26704a; } h1 .failed { background: #b3261e; }
-  h1 .running { background: #205d96; }
+  h1 .running { background: #205d96; } h1 .retrying { background: #8f4e00; }
   table { width: 100%; border-collapse: collapse; table-layout: fixed; }
   td { padding: .5rem .25rem; border-top: 1px solid var(--line); vertical-align: top;
        overflow-wrap: anywhere; }
@@ -199,26 +188,28 @@ PAGE = """<!doctype html>
   .failure { padding: .75rem 1rem; border-left: 4px solid #c53030; background: #c530301a; }
   footer { margin-top: 1.5rem; color: var(--quiet); font-size: .875rem; }
 </style>
-<h1>Checkout <span class="{{ status }}">{{ status }}</span></h1>
+<h1>Checkout <span class="{{ state }}">{{ state }}</span></h1>
 <small>{{ id }}</small>
-{% if status == "unknown" %}<p>Nothing was ordered under this id.</p>
+{% if state == "unknown" %}<p>Nothing was ordered under this id.</p>
 {% else %}
+{% with order = run.result %}
 {% if order %}<p>Order <b>{{ order.number }}</b>: {{ order.quantity }} × {{ order.item }},
   {{ "%.2f"|format(order.cents / 100) }}</p>{% endif %}
-{% if failure %}<p class="failure"><b>{{ failure.name }}</b>: {{ failure.message }}</p>{% endif %}
+{% endwith %}
+{% if run.error %}<p class="failure">{{ run.error }}</p>{% endif %}
 <table>
-{% for key, step in steps %}
+{% for step in run.steps %}
   <tr{% if not step.ok %} class="failed"{% endif %}>
-    <td>{{ key }}</td>
-    <td><i style="width: {{ 100 * step.meta.get('durationMs', 0) / longest }}%"></i>
-      {% if not step.ok %}<code>{{ step.cause.name }}: {{ step.cause.message }}</code>
+    <td>{{ step.key }}</td>
+    <td><i style="width: {{ 100 * step.seconds / longest }}%"></i>
+      {% if not step.ok %}<code>{{ step.error }}</code>
       {% elif step.value is not none %}<code>{{ step.value|pretty }}</code>{% endif %}</td>
-    <td>{% if step.meta.durationMs %}{{ "%.1f"|format(step.meta.durationMs) }} ms{% endif %}</td>
+    <td>{% if step.duration %}{{ "%.2f"|format(1000 * step.duration) }} ms{% endif %}</td>
   </tr>
 {% else %}<tr><td>Nothing has run yet.</td></tr>
 {% endfor %}
 </table>
-<footer>last written {{ written }}</footer>
+<footer>last written {{ run.updated_at.strftime("%Y-%m-%d %H:%M:%S UTC") }}</footer>
 {% endif %}
 </html>
 """

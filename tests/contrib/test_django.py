@@ -137,8 +137,11 @@ def resume(shop: SimpleNamespace) -> subprocess.CompletedProcess[str]:
 
 def test_a_view_accepts_and_the_command_finishes(shop: SimpleNamespace) -> None:
     """The order is there at once; its stock and payment after the command, which says nothing."""
+    from django.test import Client
+
     id = order(shop, 3)
     assert (stock(shop), payments(shop)) == (10, [""])
+    assert "We are working on it: pending." in Client().get(f"/orders/{id}").content.decode()
     done = resume(shop)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert (stock(shop), payments(shop)) == (7, [f"paid 13.50 for checkout-{id}/charge-card"])

@@ -87,6 +87,23 @@ def test_a_run_is_told_with_its_steps(orders: Durable) -> None:
     assert abs((info.updated_at - info.seen_at).total_seconds()) < 60
 
 
+def test_what_was_given_is_told_as_it_is_stored(orders: Durable) -> None:
+    """By ``get`` only, as every payload."""
+    assert seen(orders, "done").input == {"args": ["now"], "kwargs": {}}
+    assert orders.list(state="completed")[0].input is None
+
+
+def test_a_run_is_read_in_the_callers_transaction(orders: Durable, url: str) -> None:
+    """What was submitted there is told before it is committed."""
+    with psycopg.connect(url) as conn:
+        orders.submit("new", orders._workflows["order"].fn, "x", conn=conn)
+        told = orders.get("new", conn=conn)
+        assert told is not None
+        assert told.state == "pending"
+        assert orders.get("new") is None
+        conn.rollback()
+
+
 def test_what_is_not_stored_is_none(orders: Durable) -> None:
     """And not an error: a status page asks for any id."""
     assert orders.get("no-such") is None
@@ -98,6 +115,7 @@ def test_a_failure_is_told_as_the_exception_it_was(orders: Durable) -> None:
     assert info.state == "retrying"
     assert info.next_at is not None
     assert info.next_at > info.updated_at
+    assert info.reasons == info.steps[-1].reasons == ("Declined: code 51",)
     for told in (info, info.steps[-1]):
         assert isinstance(told.error, Declined)
         assert told.error.code == 51

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
@@ -13,14 +14,18 @@ import pytest
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowSuspended
 from awaitly_postgres.store.rows import (
+    STATES,
     RunInfo,
     StepInfo,
+    age,
     elide,
     elide_steps,
     printable,
     read_time,
     reasons,
+    span,
     steps_of,
+    traceback_of,
 )
 
 LONG_AGO, FAR_OFF = "2000-01-01T00:00:00.000Z", "2999-01-01T00:00:00.000Z"
@@ -38,7 +43,9 @@ def row_of(store: SnapshotStore, id: str) -> RunInfo:
     return row
 
 
-def test_each_run_is_in_one_of_seven_states(store: SnapshotStore, durable: Durable) -> None:
+def test_each_run_is_in_one_of_seven_states(
+    store: SnapshotStore, durable: Durable, db: psycopg.Connection
+) -> None:
     """Runs as `Durable` leaves them, and those of a process that has died."""
 
     @durable.workflow
@@ -68,7 +75,8 @@ def test_each_run_is_in_one_of_seven_states(store: SnapshotStore, durable: Durab
     store.save("asleep", document(workflow="job", waits={"nap": FAR_OFF}, wakeAt=FAR_OFF))
     store.save("failed by hand", document("failed"))
     ids = [info.id for info in store.list()]
-    assert {row.id: row.state for row in store.details(ids)} == {
+    states = {row.id: row.state for row in store.details(ids)}
+    assert states == {
         "accepted": "pending",
         "held": "running",
         "waits": "waiting",
@@ -81,6 +89,16 @@ def test_each_run_is_in_one_of_seven_states(store: SnapshotStore, durable: Durab
         "asleep": "waiting",
         "failed by hand": "failed",
     }
+    assert store.stats().by_state == Counter(states.values())
+    for state in STATES:
+        found = db.execute(f"SELECT id FROM awaitly_snapshots WHERE {store.where_state(state)}")
+        assert {id for (id,) in found} == {id for id in ids if states[id] == state}
+
+
+def test_a_word_that_is_no_state_makes_no_condition(store: SnapshotStore) -> None:
+    """It would be SQL."""
+    with pytest.raises(ValueError, match="state must be one of"):
+        store.where_state("failed' OR 'a' = 'a")  # type: ignore[arg-type]
 
 
 def test_what_is_due_is_what_is_pending(store: SnapshotStore) -> None:
@@ -201,6 +219,17 @@ def test_a_failure_is_told_with_its_causes() -> None:
     assert StepInfo.from_json("a", {"ok": True, "value": 1}).reasons == ()
 
 
+def test_a_traceback_is_told_below_those_of_its_causes() -> None:
+    """As Python prints them; a failure that has none, as Node's, has no traceback."""
+    cause = {"name": "KeyError", "stack": "Traceback: the cause\n"}
+    told = traceback_of({"stack": "Traceback: the failure\n", "cause": cause})
+    assert told is not None
+    first, _, last = told.partition("direct cause of the following exception:\n\n")
+    assert (first.partition("\n")[0], last) == ("Traceback: the cause", "Traceback: the failure\n")
+    assert traceback_of({"message": "no", "stack": 7}) is None
+    assert traceback_of(None) is traceback_of("text") is None
+
+
 def test_of_many_steps_the_telling_ones_are_chosen() -> None:
     """Few are all shown; of many the ends, what failed, and what took long."""
     steps = [StepInfo.from_json(f"s{i}", {"ok": i != 70, "value": i}) for i in range(100)]
@@ -216,6 +245,14 @@ def test_text_is_escaped_and_cut() -> None:
     assert printable("a\n\x07", keep="\n") == "a\n\\x07"
     assert [elide("12345", n) for n in (None, 5, 4)] == ["12345", "12345", "123…"]
     assert elide("12345", 3, "...") == "..."
+
+
+def test_durations_are_written_in_a_unit_that_leaves_few_digits() -> None:
+    """Down to microseconds, since that is what a step without I/O takes."""
+    given = (-1, 0.000045, 0.0003, 0.0123, 1.23, 57, 192, 7500, 90_000, 400_000)
+    wanted = "0 µs,45 µs,0.3 ms,12 ms,1.2 s,57 s,3m12s,2h05m,1d01h,5d"
+    assert [span(seconds) for seconds in given] == wanted.split(",")
+    assert [age(seconds) for seconds in (-1, 119, 120, 7200, 200_000)] == "0s 119s 2m 2h 2d".split()
 
 
 def test_only_times_with_a_zone_are_read() -> None:

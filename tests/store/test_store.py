@@ -343,14 +343,16 @@ def test_prune_sweeps_up_orphans(store: SnapshotStore, db: Db) -> None:
 # -- the rest of the store -----------------------------------------------------------------
 
 
-def test_stats_counts_by_status(store: SnapshotStore, db: Db) -> None:
-    """Totals, statuses and the size of all tables with their indexes."""
-    assert (store.stats().total, store.stats().by_status) == (0, {})
+def test_stats_counts_by_status_and_state(store: SnapshotStore, db: Db) -> None:
+    """Totals, statuses, states and the size of all tables with their indexes."""
+    empty = store.stats()
+    assert (empty.total, empty.by_status, empty.by_state) == (0, {}, {})
     for n, status in enumerate(["running", "completed", "completed", "failed"]):
         store.save(f"id-{n}", snapshot(status))
     stats = store.stats()
     assert stats.total == 4
     assert stats.by_status == {"running": 1, "completed": 2, "failed": 1}
+    assert stats.by_state == {"pending": 1, "completed": 2, "failed": 1}
     size = db.execute(
         "SELECT sum(pg_total_relation_size(oid)) FROM pg_class "
         "WHERE relnamespace = current_schema()::regnamespace AND relkind = 'r'"

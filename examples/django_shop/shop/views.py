@@ -38,4 +38,5 @@ def order(request: HttpRequest, id: uuid.UUID) -> HttpResponse:
             durable.submit(f"checkout-{made.pk}", checkout, str(made.pk), conn=connection())
         return redirect("order", id=made.pk)
     made = get_object_or_404(Order.objects.select_related("product"), pk=id)
-    return render(request, "shop/order.html", {"order": made})
+    run = durable.get(f"checkout-{made.pk}", conn=connection())
+    return render(request, "shop/order.html", {"order": made, "run": run})
