@@ -179,7 +179,7 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
 
 def _number(value: float) -> str:
     if value.is_integer():
-        # Through int, and with the point: JSONB keeps neither exponents nor a minus on zero.
+        # As an int with a point: JSONB keeps neither exponents nor the sign of a zero.
         return f"{int(value)}.0"
     return float.__repr__(value)
 

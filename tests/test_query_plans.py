@@ -33,6 +33,8 @@ LOOKS = [
     pytest.param(
         lambda durable: durable._pending("", 100, ["job"], LONG_AGO), id="resume_pending, next page"
     ),
+    pytest.param(lambda durable: durable.check(), id="check"),
+    pytest.param(lambda durable: durable.check("wf-"), id="check with a prefix"),
 ]
 LONG_AGO = SnapshotInfo("wf-", "running", datetime(2000, 1, 1, tzinfo=timezone.utc))
 
@@ -126,7 +128,8 @@ def test_pending_is_found_by_the_partial_index_under_a_generic_plan(
     values = sql.SQL(", ").join([sql.Literal(params[name]) for name in names])
     explained = sql.SQL("EXPLAIN (FORMAT JSON) EXECUTE pending ({})").format(values)
     plan = db.execute(explained).fetchone()[0][0]["Plan"]
-    assert f"ANY (${names.index('workflows') + 1})" in json.dumps(plan)  # generic indeed
+    if "workflows" in names:
+        assert f"ANY (${names.index('workflows') + 1})" in json.dumps(plan)  # generic indeed
     assert indexes(plan) == {INDEX}
 
 

@@ -15,8 +15,10 @@ import click
 from .. import AwaitlyError, SchemaMissing, __version__
 from ..store.rows import printable
 from .arguments import WrongInput, place_options
+from .checking import check
 from .housekeeping import delete, init, prune
 from .looking import list_, show, stats, watch
+from .rewinding import fork, retry, rewind
 from .runs import cancel, resume, signal, unlock
 
 __all__ = ["cli"]
@@ -57,6 +59,7 @@ def cli(ctx: click.Context, /, **place: Any) -> None:
 for _command in (
     *(init, list_, show, watch, stats),
     *(resume, signal, cancel, unlock),
+    *(retry, rewind, fork, check),
     *(delete, prune),
 ):
     cli.add_command(_command)

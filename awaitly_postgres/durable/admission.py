@@ -132,7 +132,7 @@ class Admission:
                 return Finished(found.snapshot)
             if not as_it_was:
                 # Refused before the start is counted. From `resume_pending` it is refused after, in
-                # `at_our_version`, so that the run backs off.
+                # `Session._restore`, so that the run backs off.
                 self.entry.check_version(self.id, found.snapshot)
             self._acquire()
             if as_it_was and has_no_starts_left(starts := _starts_of(found), self.max_attempts):
@@ -169,7 +169,8 @@ class Admission:
         May be repeated: if only the reply was lost, the caller finds its own input and takes it up.
         """
         document = self._first()
-        if not self._db.rows(self._sql.create, {"id": self._checkpoints.key, "snapshot": document}):
+        params = {"id": self._checkpoints.key, "snapshot": document, "pause": None}
+        if not self._db.rows(self._sql.create, params):
             return False
         self._checkpoints.begun(len(document))
         return True

@@ -1,4 +1,4 @@
-"""Before a deploy: whether today's code can go on with every unfinished run."""
+"""Checking before a deploy that today's code can resume every unfinished run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _PAGE = 500
 
 @frozen
 class Problem:
-    """Why today's code cannot go on with a run: `Durable.check`.
+    """Why today's code cannot resume a run, from `Durable.check`.
 
     ``kind`` is one of
 
     - ``"drift"``: the code does not ask for the recorded steps in their order;
-    - ``"version"``: the run has another version of the workflow, or cannot be migrated;
-    - ``"unregistered"``: no workflow is registered here under the name that the run has;
+    - ``"version"``: the run is of another version of the workflow, or cannot be migrated;
+    - ``"unregistered"``: no workflow is registered here under the name of the run's workflow;
     - ``"undecodable"``: the snapshot, the input, or the value of a step cannot be decoded;
     - ``"error"``: the code between the recorded steps raises, which it did not before.
 
@@ -46,31 +46,31 @@ class Problem:
 
 @define(eq=False, slots=False)
 class Checking(Options):
-    """The part of `Durable` that holds stored runs against the code."""
+    """The part of `Durable` that checks stored runs against the code."""
 
     def check(self, prefix: str = "") -> list[Problem]:
         """Replay every unfinished run against today's code, up to its first new step.
 
-        No step runs, nothing is written, and no lease is taken, so it may look at a database in
-        production, whose runs go on meanwhile. The code between the steps does run, as it does
-        whenever a run is resumed, and so does a function given as ``on_version_mismatch``.
+        No step runs, nothing is written, and no lease is acquired, so it can be used on a
+        production database while runs are in progress. The code between the steps does run, as it
+        does whenever a run is resumed, and so does a function given as ``on_version_mismatch``.
 
-        Steps in threads that the workflow starts are checked as far as the replay comes: what they
-        have recorded and no thread asks for is drift only when the function returns.
+        Steps in threads that the workflow starts are checked as far as the replay gets: recorded
+        steps of theirs that nothing asks for are drift only when the function returns.
 
         Args:
             prefix: only ids that start with exactly this.
 
         Returns:
-            A `Problem` for each run that could not go on. Runs that were cancelled or given up, and
-            snapshots that were saved by hand or by Node, are not looked at.
+            A `Problem` for each run that could not be resumed. Runs that were cancelled or given
+            up, and snapshots that were saved by hand or by Node, are not checked.
 
         Raises:
             StoreUnavailable: the database could not be reached.
         """
         found: dict[str, Problem] = {}
         for info in self._unfinished(prefix):
-            # A run that is written meanwhile comes once more, and what is found then counts.
+            # A run that is written during the check is listed again; the last result counts.
             found.pop(info.id, None)
             if (problem := self._problem(info.id)) is not None:
                 found[info.id] = problem
@@ -87,15 +87,16 @@ class Checking(Options):
                 "behind_id": last and store.prefix + last.id,
                 "limit": _PAGE,
             }
-            # As for pending: with the values at hand, the planner would sort all that there is.
+            # As for pending: if it planned for these values, PostgreSQL would sort all the rows.
             page = store._infos(store._sql.unfinished, params, custom_plan=False)
             yield from page
-            # Not until a page is empty: runs that are at work come again and again.
+            # Stop at the first short page, not at an empty one: runs in progress are written, and
+            # so listed, again and again.
             more = len(page) == _PAGE
             last = page[-1] if page else None
 
     def _problem(self, id: str) -> Problem | None:
-        """Load one run, so that memory holds one at a time, and replay it."""
+        """Load and replay one run. One at a time, so that memory never holds more than one."""
         try:
             snapshot = self.store.load(id)
         except SnapshotFormatError as error:
@@ -103,9 +104,9 @@ class Checking(Options):
         metadata = as_mapping(snapshot and snapshot.metadata)
         name, input = metadata.get("workflow"), metadata.get("input")
         if snapshot is None or snapshot.execution.status == "completed":
-            return None  # meanwhile
+            return None  # deleted or completed since it was listed
         if not isinstance(name, str) or not is_input(input):
-            return None  # whoever resumes it has to say with what
+            return None  # saved by hand or by Node: `resume` would not find it either
         entry = self._workflows.get(name)
         if entry is None:
             return Problem(id, name, "unregistered", str(WorkflowNotFound(id, name)))
@@ -143,11 +144,11 @@ class Checking(Options):
                 return Problem(id, entry.name, "drift", str(error), error.key)
             if ours and isinstance(error, SnapshotFormatError):
                 return Problem(id, entry.name, "undecodable", str(error), replay.undecodable)
-            # A run that has failed with this before, outside of its steps, fails no worse.
+            # If the run has already failed with this error, the new code is not the reason.
             if type(error).__name__ != as_mapping(metadata.get("failure")).get("name"):
                 return Problem(id, entry.name, "error", _told(error))
         finally:
-            replay.end()  # threads that outlive the function get no further
+            replay.end()  # refuses the steps of threads that outlive the function
         return None
 
 

@@ -1,4 +1,4 @@
-"""Going back: a run is put back to before one of its steps, or copied up to there."""
+"""Rewinding a run to one of its steps, copying it up to there, or making it due."""
 
 from __future__ import annotations
 
@@ -19,37 +19,38 @@ from ..workflow.history import History
 from .admission import count
 from .options import Options
 
-# Metadata that tell how far the run had come, beside those that hold for one snapshot only.
+# Metadata about how far the run had got, besides what holds for one snapshot only.
 _OUTDATED = ("cancelledAt", "lastStepKey")
 
 
 @define(eq=False, slots=False)
 class Rewinding(Options):
-    """The part of `Durable` that takes runs back to an earlier step."""
+    """The part of `Durable` that returns runs to an earlier step, or makes them due."""
 
     def rewind(self, id: str, key: str, *, new_keys: bool = False) -> list[str]:
         """Forget step ``key`` of the run stored as ``id`` and all recorded after it.
 
-        The run is pending then, whatever it was: completed, failed, waiting or cancelled. Its next
+        The run is then pending, whether it was completed, failed, waiting or cancelled. Its next
         start replays what was recorded before ``key``, handled failures included, and runs the rest
-        again. "After" is the order in which steps were recorded, those of other threads included.
-        With a forgotten ``step.wait`` its signal is forgotten, so it can be answered again; signals
-        that no step has taken stay. What forgotten steps have done elsewhere is not undone.
+        again. "After" means the order in which steps were recorded, those of other threads
+        included. Forgetting a ``step.wait`` forgets its signal too, so that it can be answered
+        again; signals that no step has received yet stay. What forgotten steps did in other systems
+        is not undone.
 
         Args:
-            id: the run.
-            key: the first step to forget. Steps that the Node package has recorded have no order:
-                they count as recorded before all of ours, and of several only the last step of a
-                run can be forgotten.
-            new_keys: False: ``step.idempotency_key`` returns the same keys as before, so a provider
-                that knows them does nothing twice. True: it returns others from now on, and a
-                provider charges again.
+            id: the id of the run.
+            key: the first step to forget. Steps recorded by the Node package have no order: they
+                count as recorded before all others, and of several only the last step of a run can
+                be forgotten.
+            new_keys: if False, ``step.idempotency_key`` returns the same keys as before, so a
+                provider that knows them does nothing twice. If True, it returns new ones from now
+                on, and a provider charges again.
 
         Returns:
             The forgotten keys, in the order in which they were recorded.
 
         Raises:
-            AlreadyRunning: a process has the run; nothing was changed.
+            AlreadyRunning: a process is running it; nothing was changed.
             WorkflowNotFound: nothing is stored as ``id``.
             ValueError: the run has no step ``key``, or it is not known what came after it.
             LeaseLost: it was cancelled or deleted meanwhile; nothing was changed.
@@ -69,13 +70,13 @@ class Rewinding(Options):
     def fork(self, id: str, new_id: str, key: str) -> list[str]:
         """Copy the run stored as ``id``, up to its step ``key``, to a new pending run.
 
-        The copy has the input, the metadata and all steps recorded before ``key``; its start goes
-        on from there. The source stays as it is, and may be running. Idempotency keys in the copy
-        begin with ``new_id``, so its steps are new ones to a provider.
+        The copy has the input, the metadata and all steps recorded before ``key``, and starts from
+        there. The source stays as it is, and may be running. Idempotency keys in the copy begin
+        with ``new_id``, so a provider takes its steps for new ones.
 
         Args:
-            id: the source.
-            new_id: what to store the copy as.
+            id: the id of the run to copy.
+            new_id: the id of the copy.
             key: the first step that is not copied; see `rewind`.
 
         Returns:
@@ -91,17 +92,34 @@ class Rewinding(Options):
         part = _Part.before(key, id, self._stored(id))
         part.metadata.pop("keyGeneration", None)
         if signals := as_mapping(part.metadata.get("signals")):
-            # Those that a copied wait has taken. The others were sent to the source.
+            # Only the signals that a copied wait has received. The others are for the source.
             taken = {name: signals[name] for name in signals if name in part.kept}
             part.metadata["signals"] = taken
         document = part.document({"submittedAt": datetime.now(timezone.utc).isoformat()})
         _json.check_size(document, f"the snapshot for {new_id!r}")
-        params, sql = {"id": new_key, "snapshot": document}, self.store._sql
+        params, sql = {"id": new_key, "snapshot": document, "pause": None}, self.store._sql
         if not self.store._db.told(lambda conn: fetch(conn, sql.create, params)):
             there = self.store.load(new_id)
             name = as_mapping(there and there.metadata).get("workflow")
             raise WorkflowConflict(new_id, "workflow", repr(name), f"a fork of {id!r}")
         return list(part.kept)
+
+    def retry(self, id: str) -> bool:
+        """Make the run stored as ``id`` due now, so that `resume_pending` takes it up.
+
+        Neither the pause after a failure, nor a number of failed starts, nor a delay holds it back
+        any longer. A sleep or wait that is not over suspends it again.
+
+        Returns:
+            True if it is due; False if there is no such unfinished run.
+
+        Raises:
+            AlreadyRunning: a process has the run; nothing was changed.
+        """
+        sql = self.store._sql
+        with self._leased(id) as params:
+            due = self.store._db.told(lambda conn: fetch(conn, sql.make_due, params))
+        return bool(due)
 
     def _stored(self, id: str) -> WorkflowSnapshot:
         snapshot = self.store.load(id)
@@ -111,10 +129,11 @@ class Rewinding(Options):
 
     @contextmanager
     def _leased(self, id: str) -> Iterator[dict[str, Any]]:
-        """Take the lease on ``id`` for one write, which gives it back; give the write's parameters.
+        """Acquire the lease on ``id`` for one write, which releases it; yield its parameters.
 
-        The lease is taken before the run is read, so what is written is made of what is there.
-        Whatever strikes, the lease is given back, or runs out if the database cannot be reached.
+        The lease is acquired before the run is read, so that the run cannot change between the read
+        and the write. Whatever exception strikes, the lease is released, by its token because the
+        answer to `acquire` may have been lost; it expires if the database cannot be reached.
         """
         db, token = self.store._db, leases.new_token()
         params: dict[str, Any] = {"id": self.store.key(id), "token": token}
@@ -131,18 +150,18 @@ class Rewinding(Options):
 
 @frozen
 class _Part:
-    """What was recorded of a run before one of its steps, and the keys of what came after."""
+    """The steps of a run recorded before one of them, and the keys of those recorded after."""
 
     base: WorkflowSnapshot
     kept: Mapping[str, Any]  # JSON by key, in the order in which they were recorded
     forgotten: list[str]
     last_key: str | None
     settled: int  # the number of the last failure in ``kept`` that was handled
-    metadata: dict[str, Any]  # without what tells how far the run had come
+    metadata: dict[str, Any]  # without what says how far the run had got
 
     @classmethod
     def before(cls, key: str, id: str, snapshot: WorkflowSnapshot) -> _Part:
-        """Divide ``snapshot``; raise ValueError if that cannot be done at ``key``."""
+        """Divide ``snapshot`` at ``key``; raise ValueError if that is impossible."""
         recorded = snapshot.to_json()["steps"]
         metadata = dict(snapshot.metadata or {})
         seqs = {name: count((step.get("meta") or {}).get("seq")) for name, step in recorded.items()}
@@ -163,8 +182,8 @@ class _Part:
             )
         gone = set(forgotten)
         kept = {name: recorded[name] for name in [*unnumbered, *numbered] if name not in gone}
-        # A handled failure stays handled, though what came after it is forgotten: of ours the last
-        # number is noted, and of Node's that another step was its last.
+        # A handled failure stays handled although what came after it is forgotten. For numbered
+        # steps the last such number is stored; for Node's, that another step was the last one.
         replayed = History.of(snapshot).steps
         handled = [seqs[name] for name in kept if name in replayed and not kept[name]["ok"]]
         last = next(reversed(kept), None)
@@ -173,7 +192,7 @@ class _Part:
         return cls(snapshot, kept, forgotten, last_key, max(handled, default=0), metadata)
 
     def document(self, metadata: Mapping[str, Any]) -> str:
-        """Write the snapshot of a run that is pending and has come as far as this."""
+        """Return the snapshot of a pending run with the kept steps, as JSON text."""
         settled = {"settled": self.settled} if self.settled else {}
         return compose(
             evolve(self.base, metadata=self.metadata),

@@ -101,7 +101,7 @@ class StepTransaction:
         try:
             # First end what is still open. If the commit was not sent this rolls back, so that the
             # lookup below finds an outcome and does not wait for a transaction of this thread.
-            closed = self._transaction.give_up(error)
+            closed, self._conn = self._transaction.give_up(error), None
             refused = driver_error(error) is not None
             lost = refused and closed
             committed = self._committed

@@ -94,7 +94,7 @@ class Pool(ABC):
 
     def loan(self) -> Loan:
         """Return a loan, with which a connection is taken and given back."""
-        loan = Loan(self.opened(), self)
+        loan = Loan(self, self.opened())
         self._loans.add(loan)  # before there is anything to lose
         return loan
 
@@ -258,11 +258,10 @@ class OwnPool(Pool):
 class Loan:
     """One connection from being taken out of a pool to being given back, by one thread."""
 
-    _pool: ConnectionPool[Any]
     _lender: Pool
+    _pool: ConnectionPool[Any]
     conn: Connection | None = None
     _autocommit: bool = True
-    _on_its_way: bool = False
 
     def take(self, timeout: float) -> Connection:
         """Get a connection, at READ COMMITTED and in autocommit mode."""
@@ -273,7 +272,7 @@ class Loan:
             # its way back at once: it may be the only one, and a lease is to be given back.
             clear_frames(error.__traceback__)
             raise
-        self.conn = conn  # nothing can strike between the two: neither calls anything
+        self.conn = conn  # nothing can strike between the two: no function is called
         self._lender.has_worked = True
         self._autocommit = conn.autocommit
         if not self._autocommit:
@@ -287,11 +286,6 @@ class Loan:
         conn = self.conn
         if conn is None:
             return
-        if self._on_its_way:
-            # Struck inside the pool: either it is in there, where another thread may have got hold
-            # of it, or nobody has it, and it finds its way back as soon as we let go of it.
-            self.conn = None
-            return
         with suppress(psycopg.Error):  # broken: the pool will see it, too
             if not is_clean(conn):
                 stop(conn)
@@ -300,10 +294,13 @@ class Loan:
                     set_own_default_level(conn)
                 if not self._autocommit:
                     conn.autocommit = False
-        closed, self._on_its_way = conn.closed, True
+        closed = conn.closed
         try:
             self._pool.putconn(conn)
         except BaseException as error:
+            # Struck in the pool: either it is in there, where another thread may have got hold of
+            # it, or nobody has it, and it finds its way back as soon as we let go of it.
+            self.conn = conn = None
             clear_frames(error.__traceback__)
             raise
         if closed:

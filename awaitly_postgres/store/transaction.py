@@ -69,4 +69,6 @@ class Transaction:
         elif self._conn is not None and not is_clean(self._conn):
             with suppress(psycopg.Error):  # it is closed in any case
                 stop(self._conn)  # the opener's: it was kept from ending its transaction
+        # One that was struck on its way back to the pool gets there when nobody holds it any more.
+        self._conn, self._open = None, ExitStack()
         return lost

@@ -1,4 +1,4 @@
-"""Replaying what is recorded, up to the first step that is not."""
+"""Replaying a run up to its first step that is not recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class FirstNewStep(AwaitlyError):
 
 @define(eq=False)
 class Replay(Run):
-    """A start that runs no step and records nothing: it ends where the first one would run.
+    """A start that runs no step and records nothing: it ends where the first new step would run.
 
     ``undecodable`` is the key of the step whose value the codec could not decode.
     """
@@ -27,7 +27,7 @@ class Replay(Run):
     undecodable: str | None = None
 
     def step_transaction(self, key: str, fn: Callable[..., T], call: Callable[[Any], T]) -> T:
-        """Replay ``key`` as any other step: there is no transaction to open."""
+        """Replay ``key`` like any other step, without opening a transaction."""
         return self.step(key, fn, lambda: call(None))
 
     def emit(self, *event: Any, **details: Any) -> None:

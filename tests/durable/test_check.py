@@ -371,6 +371,20 @@ def test_a_run_that_is_at_work_is_checked_without_its_lease(deploys: Deploys) ->
         assert running.result(60) == "done"
 
 
+def test_a_role_that_may_only_read_can_check(
+    deploys: Deploys, make_store: MakeStore, db: DB
+) -> None:
+    """Nor would a standby refuse anything."""
+    deploys.leave_one()
+    (path,) = db.execute("SELECT current_schema()").fetchone()
+    options = f"-c search_path={path} -c default_transaction_read_only=on"
+    durable = Durable(make_store(kwargs={"options": options}))
+    durable.workflow(name="order")(deploys.yesterday)
+    assert durable.check() == []
+    (problem,) = Durable(durable.store).check()
+    assert problem.kind == "unregistered"
+
+
 def test_every_run_is_checked_however_many_there_are(deploys: Deploys, db: DB) -> None:
     """Pages of the listing go on where the last one ended, those of one time among them."""
     deploys.leave_one()

@@ -6,11 +6,14 @@ import gc
 import os
 import random
 import signal
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -249,12 +252,17 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
         done.append(step.transaction("tip", pay, f"{id}-tip"))
         return done
 
-    runs, stopped = int(os.environ.get("AWAITLY_INTERRUPTED_RUNS", "30")), 0
+    taken = []
+    for id in ("first", "second", "third"):
+        began = time.monotonic()
+        durable.run(id, order, id)
+        taken.append(time.monotonic() - began)
+    runs, stopped = int(os.environ.get("AWAITLY_INTERRUPTED_RUNS", "75")), 0
     for nr in range(runs):
         id = f"run-{nr}"
         with raising(kind):
             try:
-                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0002, 0.012))
+                signal.setitimer(signal.ITIMER_REAL, chance.uniform(0.0001, min(taken)))
                 durable.run(id, order, id)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except kind:
@@ -263,7 +271,7 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
             # own locks an interrupt may confuse.
             except (WorkflowError, RuntimeError):
                 stopped += 1
-    assert stopped > runs / 15
+    assert stopped > runs / 10
     # Whatever may still be under way was cancelled; nobody is left at work.
     assert leases(db) == []
     for info in list(store.iter()):
@@ -272,9 +280,119 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
     assert payments(db) == sorted(f"{id}-{what}" for id in ids for what in ("pay", "tip"))
     assert {info.status for info in store.iter()} == {"completed"}
     gc.collect()
-    with ThreadPoolExecutor(6) as pool:  # as many as there may be, at once
-        both = threading.Barrier(6)
-        list(pool.map(lambda _: store._db.run(lambda conn: both.wait(30)), range(6)))
+    take_all(store, 6)
+
+
+def at_each_call(act: Callable[[int], object], every: int) -> Iterator[int]:
+    """Raise KeyboardInterrupt in ``act(nr)``, at the entry of the function called as the ``nr``-th.
+
+    There Python looks for signals. Only functions of ours, of the driver and its pool count, and
+    the blocks of contextlib. What came of it is for the caller to check, each time.
+    """
+    places, called, nr = {"awaitly_postgres", "psycopg", "psycopg_pool", "contextlib.py"}, 0, 1
+
+    def trace(frame: Any, event: str, arg: Any) -> None:
+        nonlocal called
+        if not places.isdisjoint(Path(frame.f_code.co_filename).parts):
+            called += 1
+            if called == nr:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    while True:
+        gc.collect()  # what the traceback of an earlier interrupt holds
+        called = 0
+        sys.settrace(trace)
+        try:
+            act(nr)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        if called < nr:
+            return
+        yield nr
+        nr += every
+
+
+def take_all(store: SnapshotStore, size: int) -> None:
+    """Have all connections of the pool at work at once; none was lost to it."""
+    both = threading.Barrier(size)
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(lambda _: store._db.run(lambda conn: both.wait(30)), range(size)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_lock_interrupted_anywhere_is_given_back(
+    make_store: Callable[..., SnapshotStore], db: DB
+) -> None:
+    """At the entry of every fifth function on its way, and the connection is back in the pool."""
+    store = make_store(max_size=1)
+    store.try_acquire("warm").release()
+
+    def lock(nr: int) -> None:
+        with store.lock(f"id-{nr}"):
+            pass
+
+    for _ in at_each_call(lock, every=5):
+        assert leases(db) == []
+        take_all(store, 1)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_run_interrupted_anywhere_pays_once(
+    make_store: Callable[..., SnapshotStore], db: DB
+) -> None:
+    """At the entry of every nineteenth function on its way, with one connection for everything."""
+    make_payments(db)
+    store = make_store(max_size=1)
+    durable = Durable(store)
+
+    @durable.workflow
+    def order(step: Step, id: str) -> str:
+        step("reserve", str)
+        return step.transaction("pay", pay, id)
+
+    durable.run("warm", order, "warm")
+    for nr in at_each_call(lambda nr: durable.run(f"id-{nr}", order, f"id-{nr}"), every=19):
+        assert leases(db) == []
+        take_all(store, 1)
+        if store.load(f"id-{nr}") is not None:
+            durable.resume(f"id-{nr}")
+    assert payments(db) == sorted(info.id for info in store.iter())
+
+
+def test_a_transaction_that_an_interrupt_left_open_is_not_waited_for(
+    make_store: Callable[..., SnapshotStore], db: DB, url: str
+) -> None:
+    """It strikes at the door of a block of the user's, whose connection then holds our row."""
+    make_payments(db)
+    struck: list[DB] = []
+
+    class Transaction:
+        def __enter__(self) -> DB:
+            self.conn = psycopg.connect(url)
+            return self.conn
+
+        def __exit__(self, kind: Any, *args: object) -> None:
+            if not struck:
+                struck.append(self.conn)
+                raise TimeLimit
+            with self.conn:
+                pass
+
+    durable = Durable(make_store(), transaction=Transaction)
+
+    @durable.workflow
+    def order(step: Step) -> str:
+        return step.transaction("pay", pay, "a")
+
+    with pytest.raises(TimeLimit):
+        durable.run("a", order)
+    assert struck[0].closed
+    assert durable.resume("a") == "paid a"
+    assert payments(db) == ["a"]
 
 
 def test_an_interrupted_wait_for_a_lock_gives_the_lease_back(durable: Durable, db: DB) -> None:

@@ -71,19 +71,22 @@ def one_turn(durable: Durable, chance: random.Random) -> None:
         if error.id.startswith(f"own-{os.getpid()}-"):
             raise  # a new id of our own: whoever has it is we ourselves
     except (LeaseLost, StoreUnavailable) as error:
-        workload.notes.add("met", type(error).__name__)
+        workload.notes.add("met", type(error).__name__, error)
     except (Left, WorkflowDrift) as error:
         # Drift: it has ended before it came to what its threads had done.
         if workload.hasty is None:
             raise
-        workload.notes.add("met", type(error).__name__)
+        workload.notes.add("met", type(error).__name__, error)
     except (ConnectionResetError, psycopg.OperationalError) as error:
         # Raised by a body, recorded, and tried again.
-        workload.notes.add("met", type(error).__name__)
+        workload.notes.add("met", type(error).__name__, error)
 
 
 def roll_call(store: SnapshotStore, size: int) -> None:
-    """Have as many transactions meet as there are connections; a lost one leaves them waiting."""
+    """Have as many transactions meet as there are connections: none is lost, and there is no more.
+
+    A lost one leaves them waiting. One more is for the renewal of leases.
+    """
     gc.collect()  # a traceback may keep a connection
     durable = Durable(store, on_complete="delete")
     all_here = threading.Barrier(size)
@@ -93,6 +96,15 @@ def roll_call(store: SnapshotStore, size: int) -> None:
 
     with ThreadPoolExecutor(size) as pool:
         list(pool.map(lambda nr: durable.run(f"meet-{os.getpid()}-{nr}", meet), range(size)))
+    ours = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+    with psycopg.connect(workload.setup.url, application_name="faults-main") as conn:
+        conn.autocommit = True
+        deadline = time.monotonic() + 10  # what is closed is there for a moment yet
+        while (there := conn.execute(ours, (os.environ["PGAPPNAME"],)).fetchone()[0]) > size + 1:
+            if time.monotonic() > deadline:
+                workload.notes.add("broke", f"a pool of {size} has {there} connections")
+                return
+            time.sleep(0.1)
 
 
 def finish(durable: Durable) -> None:
