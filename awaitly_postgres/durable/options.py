@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import datetime
-from types import EllipsisType
 from typing import Any, Literal
 
 from attrs import define, field
@@ -16,7 +15,7 @@ from ..store.transaction import OpenTransaction
 from ..workflow.codec import Codec, encode
 from ..workflow.event import OnEvent
 from .pending import Backoff
-from .registry import Entry, Registry
+from .registry import Registry
 
 
 @define(eq=False, slots=False)
@@ -44,11 +43,6 @@ class Options:
             raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
         check_verdicts(self.max_attempts, self.backoff)
         encode(None, self.metadata, "metadata=")
-
-    def max_attempts_of(self, entry: Entry) -> int | None:
-        """Return how often runs of a workflow are started without getting further; None: ever."""
-        own = entry.max_attempts
-        return self.max_attempts if isinstance(own, EllipsisType) else own
 
 
 def check_verdicts(max_attempts: int | None, backoff: object) -> None:

@@ -32,6 +32,11 @@ class Entry:
     max_attempts: int | EllipsisType | None = ...
     backoff: Backoff | None = None
 
+    def max_attempts_or(self, default: int | None) -> int | None:
+        """Return its ``max_attempts``, or the default where it has none."""
+        own = self.max_attempts
+        return default if isinstance(own, EllipsisType) else own
+
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:

@@ -82,7 +82,7 @@ class Session:
             self.entry,
             self.input,
             lambda: self._document("running"),
-            options.max_attempts_of(self.entry),
+            self.entry.max_attempts_or(options.max_attempts),
             checkpoints=self._checkpoints,
         )
 
