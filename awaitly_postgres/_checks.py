@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import typing
-from datetime import datetime, timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Literal
 
 from .errors import WrongType
@@ -75,6 +75,18 @@ def check_seconds(duration: float | timedelta, name: str = "duration") -> float:
     if isinstance(seconds, bool) or not 0 <= seconds < 10**9:
         raise ValueError(f"{name} must be a number of seconds from 0 up, not {duration!r}")
     return float(seconds)
+
+
+def check_moment(time: datetime, name: str) -> datetime:
+    """Return ``time`` in UTC if it is aware and no further away than time goes, else raise."""
+    if not isinstance(time, datetime):
+        raise TypeError(f"{name} must be a datetime, not {type(time).__name__}")
+    if time.utcoffset() is None:
+        raise ValueError(f"{name} must be aware, with a time zone; {time!r} has none")
+    try:
+        return time.astimezone(timezone.utc)
+    except OverflowError:
+        raise ValueError(f"{name} must be a time that UTC has, not {time!r}") from None
 
 
 def check_on_drift(on_drift: str) -> None:

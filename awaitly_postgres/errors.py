@@ -10,7 +10,7 @@
   * WorkflowError ── the run
     · AlreadyRunning · WorkflowNotFound · WorkflowConflict · VersionMismatch
     · WorkflowDrift · DuplicateStepKey · StepFailed
-    · LeaseLost · WorkflowSuspended · WorkflowCancelled
+    · LeaseLost · WorkflowSuspended · WorkflowCancelled · WaitTimedOut
 
 All can be pickled. Wrong arguments are ``TypeError`` or ``ValueError``, as everywhere in Python.
 """
@@ -274,6 +274,23 @@ class WorkflowSuspended(WorkflowError):
         return (
             f"{_subject(self.id)} is suspended in step {self.key!r}. "
             "resume_pending() resumes it when its time or its signal has come."
+        )
+
+
+@define(slots=False)
+class WaitTimedOut(WorkflowError):
+    """No signal came within the timeout of ``step.wait(key)``. Signals that come now are refused.
+
+    Unlike most of these errors, a workflow can catch it with ``except Exception`` and go on.
+    """
+
+    id: str | None
+    key: str
+
+    def __str__(self) -> str:
+        return (
+            f"{_subject(self.id)} waited for {self.key!r}, and no signal came in time. Catch "
+            "WaitTimedOut to go on without one; rewind(id, key) waits again."
         )
 
 

@@ -28,7 +28,7 @@ PUBLIC = """
     AwaitlyError StoreError StoreUnavailable SchemaMissing
     SnapshotError SnapshotFormatError NotSerializable
     WorkflowError AlreadyRunning WorkflowNotFound WorkflowConflict VersionMismatch WorkflowDrift
-    DuplicateStepKey StepFailed LeaseLost WorkflowSuspended WorkflowCancelled
+    DuplicateStepKey StepFailed LeaseLost WorkflowSuspended WorkflowCancelled WaitTimedOut
 """.split()  # noqa: SIM905
 
 

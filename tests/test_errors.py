@@ -40,6 +40,7 @@ EXAMPLES: list[tuple[AwaitlyError, str]] = [
     (errors.StepFailed("k", "Declined", "no cover", {"code": 7}), "import the module"),
     (errors.LeaseLost("order-1"), "can be resumed"),
     (errors.WorkflowSuspended("order-1", "nap"), "resume_pending() resumes it"),
+    (errors.WaitTimedOut("order-1", "approval"), "Catch WaitTimedOut to go on"),
     (errors.WorkflowCancelled("order-1"), "to start it afresh"),
 ]
 EACH = [pytest.param(*each, id=f"{type(each[0]).__name__}-{i}") for i, each in enumerate(EXAMPLES)]
@@ -75,7 +76,7 @@ def test_every_error_stands_in_one_tree_and_is_public() -> None:
     *[(n, errors.WorkflowError) for n in (
         "AlreadyRunning", "WorkflowNotFound", "WorkflowConflict", "VersionMismatch",
         "WorkflowDrift", "DuplicateStepKey", "StepFailed", "LeaseLost", "WorkflowSuspended",
-        "WorkflowCancelled",
+        "WorkflowCancelled", "WaitTimedOut",
     )],
 ])  # fmt: skip
 def test_an_error_is_caught_with_its_group(name: str, group: type[Exception]) -> None:

@@ -169,7 +169,8 @@ class Admission:
         May be repeated: if only the reply was lost, the caller finds its own input and takes it up.
         """
         document = self._first()
-        if not self._db.rows(self._sql.create, {"id": self._checkpoints.key, "snapshot": document}):
+        params = {"id": self._checkpoints.key, "snapshot": document, "pause": None}
+        if not self._db.rows(self._sql.create, params):
             return False
         self._checkpoints.begun(len(document))
         return True

@@ -141,6 +141,38 @@ class Checkpoints:
         if not self.db.run(work):
             raise LeaseLost(self.id)
 
+    def record_timeout(self, key: str, enter: Callable[[], str]) -> bool:
+        """Record that a wait has timed out, in one statement; False if a signal has come first.
+
+        Never appended: the snapshot's row is what `Durable.signal` writes too, so of the two the
+        second sees what the first has done.
+        """
+        deadline = self.history.deadlines.get(key)
+
+        def work(conn: Connection) -> bool:
+            with self.turn:
+                self.refuse_if_not_ours(f"before step {key!r} returns")
+                enter()
+                recorded = False
+                try:
+                    recorded = self._rewrite(conn, expired=key)
+                finally:
+                    if not recorded:
+                        # Before the turn is given up: a write of another thread would store the
+                        # timeout without asking for a signal. If a lost try has landed, such a
+                        # write takes the timeout back, but not the deadline: so signals are still
+                        # refused, and the next try decides the same.
+                        self.history.forget(key)
+                        if deadline is not None:
+                            self.history.deadlines[key] = deadline
+                return recorded
+
+        if self.db.run(work):
+            return True
+        if self.signal(key) is None:
+            raise LeaseLost(self.id)
+        return False
+
     def transaction(self, key: str) -> StepTransaction:
         """Return the transaction in which step ``key`` runs and is recorded."""
         return StepTransaction(self, key)
@@ -264,12 +296,15 @@ class Checkpoints:
         self.written = self.written.after_append(key, len(key) + len(step))
         return True
 
-    def _rewrite(self, conn: Connection) -> bool:
+    def _rewrite(self, conn: Connection, expired: str | None = None) -> bool:
         params = {**self.next_write(), "snapshot": self.document(), "pause": self._pause()}
+        params["key"] = expired
         # Counted before it is sent, so that the next write gets a later number whatever becomes of
         # this one: if the reply is lost and the statement lands late, it no longer fits.
         self.written = self.written.trying_rewrite()
         statement = self._sql.write if self.written.journal_is_empty else self._sql.fold
+        if expired is not None:
+            statement = self._sql.expire
         if not execute(conn, statement, params, prepare=True):
             return False
         self.written = self.written.after_rewrite(len(params["snapshot"]))

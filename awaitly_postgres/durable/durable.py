@@ -7,13 +7,16 @@ the lease. Each start of a run is a `Session`.
 
 from __future__ import annotations
 
+import copy
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
 from attrs import define
 
+from .._checks import check_moment, check_seconds
 from ..errors import WorkflowNotFound
 from ..store.database import Connection
 from ..workflow.codec import encode
@@ -125,6 +128,41 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
 
         return register if fn is None else register(fn)
 
+    def with_options(
+        self,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        delay: float | timedelta | None = None,
+        at: datetime | None = None,
+    ) -> Durable:
+        """Return a `Durable` for the next `run` or `submit`; it shares the store and the workflows.
+
+        Args:
+            metadata: stored with the run, added to the ``metadata`` of this `Durable`.
+            delay: submit a run that is not due before so many seconds, or a timedelta, have passed
+                since, by the server's clock.
+            at: the same until an aware datetime.
+
+        Raises:
+            TypeError: both ``delay`` and ``at`` are given.
+            ValueError: the delay is negative or too long; the datetime has no time zone.
+            NotSerializable: the metadata are not JSON.
+
+        Example:
+            >>> durable.with_options(delay=60).submit("mail-7", mail, 7)  # doctest: +SKIP
+        """
+        if delay is not None and at is not None:
+            raise TypeError("with_options() takes either delay= or at=")
+        other = copy.copy(self)
+        if metadata is not None:
+            encode(None, metadata, "metadata=")
+            other.metadata = {**self.metadata, **metadata}
+        if delay is not None:
+            other._delay, other._at = check_seconds(delay, "delay"), None
+        if at is not None:
+            other._delay, other._at = None, check_moment(at, "at")
+        return other
+
     # -- running ---------------------------------------------------------------------------
 
     def run(
@@ -156,8 +194,13 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
                 has lost steps it had recorded.
             StoreUnavailable: the database was away for longer than the store retries.
             NotSerializable: an argument or a result is not JSON; it was not recorded.
-            TypeError: ``fn`` does not take these arguments; nothing was stored.
+            TypeError: ``fn`` does not take these arguments, or ``with_options`` has set a delay;
+                nothing was stored.
         """
+        if self._delay is not None or self._at is not None:
+            raise TypeError(
+                "run() starts at once; with_options(delay=...) and (at=...) are for submit()"
+            )
         session = self._session_for(id, self._workflows.of(fn), args, kwargs)
         return typing.cast(T, session.start())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any, Literal
 
 from attrs import define, field
@@ -31,6 +32,9 @@ class Options:
     backoff: Backoff | None = field(default=None, kw_only=True)
     metadata: Mapping[str, Any] = field(factory=dict, kw_only=True)
     transaction: OpenTransaction | None = field(default=None, kw_only=True)
+    # When a run is accepted for, from `with_options`: seconds from then, or a time.
+    _delay: float | None = field(default=None, init=False, repr=False)
+    _at: datetime | None = field(default=None, init=False, repr=False)
     _workflows: Registry = field(factory=Registry, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:

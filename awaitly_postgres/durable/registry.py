@@ -32,9 +32,10 @@ class Entry:
     max_attempts: int | EllipsisType | None = ...
     backoff: Backoff | None = None
 
-    def attempts_allowed(self, default: int | None) -> int | None:
-        """Return how often a run may be started without progress; None sets no limit."""
-        return default if isinstance(self.max_attempts, EllipsisType) else self.max_attempts
+    def max_attempts_or(self, default: int | None) -> int | None:
+        """Return its ``max_attempts``, or the default where it has none."""
+        own = self.max_attempts
+        return default if isinstance(own, EllipsisType) else own
 
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError, as a call would, if the function does not take these arguments."""

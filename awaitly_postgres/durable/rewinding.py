@@ -97,7 +97,7 @@ class Rewinding(Options):
             part.metadata["signals"] = taken
         document = part.document({"submittedAt": datetime.now(timezone.utc).isoformat()})
         _json.check_size(document, f"the snapshot for {new_id!r}")
-        params, sql = {"id": new_key, "snapshot": document}, self.store._sql
+        params, sql = {"id": new_key, "snapshot": document, "pause": None}, self.store._sql
         if not self.store._db.told(lambda conn: fetch(conn, sql.create, params)):
             there = self.store.load(new_id)
             name = as_mapping(there and there.metadata).get("workflow")

@@ -15,11 +15,12 @@ from ..errors import (
     AwaitlyError,
     LeaseLost,
     StoreError,
+    WaitTimedOut,
     WorkflowCancelled,
     WorkflowDrift,
     WorkflowSuspended,
 )
-from ..snapshot import Status, WorkflowSnapshot, as_mapping, compose
+from ..snapshot import Status, WorkflowSnapshot, as_mapping, compose, timestamp
 from ..store import lease as leases
 from ..store import renewal
 from ..store.database import Connection, Database, fetch
@@ -81,7 +82,7 @@ class Session:
             self.entry,
             self.input,
             lambda: self._document("running"),
-            self.entry.attempts_allowed(options.max_attempts),
+            self.entry.max_attempts_or(options.max_attempts),
             checkpoints=self._checkpoints,
         )
 
@@ -99,7 +100,8 @@ class Session:
             WorkflowConflict: the id belongs to another workflow or input.
         """
         now = datetime.now(timezone.utc).isoformat()
-        params = {"id": self._key, "snapshot": self._document("running", submitted_at=now)}
+        document = self._document("running", submitted_at=now)
+        params = {"id": self._key, "snapshot": document, "pause": self.options._delay}
         tries = 0
 
         def create(conn: Connection) -> bool:
@@ -197,13 +199,19 @@ class Session:
         # or the store no end can be recorded, and a forked child must not record its parent's.
         refused = ours and isinstance(error, (WorkflowDrift, LeaseLost, StoreError))
         if isinstance(error, Exception) and not refused and os.getpid() == self._pid:
-            attempt, max_attempts = self._checkpoints.counted_attempts, self._admission.max_attempts
-            backoff = self.entry.backoff or self.options.backoff
-            pause = verdict(error, attempt, max_attempts, backoff)
+            pause = self._pause_after(error)
             self._finish(lambda: self._document("failed", failure=error), pause)
             self.gave_up = pause == NO_MORE
             return "run_failed"
         return "run_stopped"
+
+    def _pause_after(self, error: Exception) -> float:
+        if isinstance(error, WaitTimedOut) and error.id == self.id:
+            return NO_MORE  # a replay would only raise it again
+        backoff = self.entry.backoff or self.options.backoff
+        return verdict(
+            error, self._checkpoints.counted_attempts, self._admission.max_attempts, backoff
+        )
 
     # -- the end ---------------------------------------------------------------------------
 
@@ -261,6 +269,8 @@ class Session:
             metadata["custom"] = given
         if submitted_at is not None:
             metadata["submittedAt"] = submitted_at
+            if self.options._at is not None:
+                metadata["wakeAt"] = timestamp(self.options._at)
         if failure is not None:
             metadata["failure"] = _failure.run_to_json(failure)
         if suspended:

@@ -48,8 +48,8 @@ class Steering(Options):
             value: what ``step.wait`` returns; JSON, or what the codec converts to it.
 
         Returns:
-            True if the answer was stored; False if there is no such unfinished run, or it already
-            has an answer for this key.
+            True if the answer was stored; False if there is no such unfinished run, it already has
+            an answer for this key, or its wait has timed out.
 
         Raises:
             NotSerializable: the value is not JSON.

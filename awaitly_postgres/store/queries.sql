@@ -74,6 +74,16 @@ SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', {iso})
 -- An object that can be added to: the metadata may be missing, or JSON's null.
 COALESCE(NULLIF(snapshot->'metadata', 'null'), '{}')
 
+-- fragment: dated_document
+-- The document, with the time from which the run is due if there is a pause, by the server's clock;
+-- with an infinite one, that the run was given up.
+CASE
+    WHEN %(pause)s::float8 IS NULL THEN %(snapshot)s::jsonb
+    WHEN %(pause)s::float8 = 'infinity'
+    THEN jsonb_set(%(snapshot)s::jsonb, '{metadata,gaveUpAt}', to_jsonb({stored_now}))
+    ELSE jsonb_set(%(snapshot)s::jsonb, '{metadata,wakeAt}', to_jsonb({pause_end}))
+END
+
 -- fragment: journaled_steps -- if journal
 -- What the journal has of this run, as JSON text; NULL if it is empty.
 (SELECT json_object_agg(key, step)::text FROM {journal} WHERE id = %(id)s)
@@ -220,7 +230,7 @@ SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM fence
 -- without a snapshot is the remainder of an earlier run that was deleted.
 WITH created AS (
     INSERT INTO {snapshots} (id, snapshot, updated_at)
-    VALUES (%(id)s, %(snapshot)s::jsonb, clock_timestamp())
+    VALUES (%(id)s, {dated_document}, clock_timestamp())
     ON CONFLICT (id) DO NOTHING
     RETURNING 1
 )
@@ -433,18 +443,9 @@ WITH {isolated_fence}
 {append_step}
 
 -- fragment: write_snapshot
--- The whole document as it stands. With a pause it says when the run is due again, by the
--- server's clock; with an infinite one, that the run was given up.
+-- The whole document as it stands.
 INSERT INTO {snapshots} (id, snapshot, updated_at)
-SELECT
-    %(id)s,
-    CASE
-        WHEN %(pause)s::float8 IS NULL THEN %(snapshot)s::jsonb
-        WHEN %(pause)s::float8 = 'infinity'
-        THEN jsonb_set(%(snapshot)s::jsonb, '{metadata,gaveUpAt}', to_jsonb({stored_now}))
-        ELSE jsonb_set(%(snapshot)s::jsonb, '{metadata,wakeAt}', to_jsonb({pause_end}))
-    END,
-    clock_timestamp()
+SELECT %(id)s, {dated_document}, clock_timestamp()
 FROM fence
 {keep_signals}
 
@@ -457,6 +458,28 @@ WITH {numbered_fence}
 -- name: fold
 -- Rewrites the snapshot with the steps of the journal in it, and empties the journal.
 WITH {numbered_fence}
+, swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
+{write_snapshot}
+
+-- name: expire
+-- The same where the document says that step.wait(%(key)s) has timed out: nothing happens if a
+-- signal for it is there. The snapshot's row is locked before it is looked at, so a signal that is
+-- being sent is waited for; and one that waits for this statement finds what it has written, and
+-- is refused. Repeated after a lost reply, it writes the same: no signal was taken since.
+WITH ours AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE),
+stored AS (
+    SELECT COALESCE(snapshot->'metadata'->'signals' ? %(key)s::text, false) AS answered
+    FROM {snapshots}
+    WHERE id = %(id)s AND EXISTS (SELECT FROM ours)
+    FOR UPDATE
+),
+fence AS (
+    UPDATE {leases} SET owner_token = %(next)s::text, expires_at = {lease_end}
+    WHERE workflow_id = %(id)s
+        AND EXISTS (SELECT FROM ours)
+        AND NOT EXISTS (SELECT FROM stored WHERE answered)
+    RETURNING 1
+)
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
 {write_snapshot}
 
@@ -578,7 +601,9 @@ RETURNING 1
 
 -- name: signal
 -- Puts a value where step.wait(key) looks for it, without the lease; keep_signals keeps it
--- there. The first signal for a key stays. A run that is completed or cancelled takes none.
+-- there. The first signal for a key stays. A run that is completed or cancelled takes none, nor
+-- does a wait whose deadline is over: which came first is decided here and in expire, by the same
+-- row and the same clock. A recorded timeout counts even on a server whose clock is behind.
 UPDATE {snapshots} SET
     updated_at = clock_timestamp(),
     snapshot = jsonb_set(
@@ -592,6 +617,9 @@ WHERE id = %(id)s
     AND jsonb_typeof(snapshot->'metadata') = 'object'
     AND snapshot->'metadata'->'cancelledAt' IS NULL
     AND snapshot->'metadata'->'signals'->%(key)s::text IS NULL
+    AND NOT COALESCE(snapshot->'steps'->%(key)s::text->'meta' ? 'timedOut', false)
+    AND COALESCE(snapshot->'metadata'->'deadlines'->>%(key)s::text, '9999') COLLATE "C"
+        > {stored_now}
 
 -- name: signal_for
 -- What was sent for the key: JSON text, 'null' included; no row if nothing was.

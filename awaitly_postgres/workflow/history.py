@@ -11,7 +11,7 @@ from typing import Any
 from attrs import define, field
 
 from .. import _json
-from ..snapshot import WorkflowSnapshot
+from ..snapshot import WorkflowSnapshot, as_mapping
 
 
 @define(eq=False)
@@ -25,12 +25,14 @@ class History:
         steps: the JSON text of every recorded step by key, of earlier starts and of this one.
         waits: the keys this start is suspended on: until a time, or None for a signal.
         sleeps: when each sleep that has begun will end, by key; kept across starts.
+        deadlines: the same of waits with a timeout.
         last_key: the step recorded last.
     """
 
     steps: dict[str, str] = field(factory=dict)
     waits: dict[str, str | None] = field(factory=dict)
     sleeps: dict[str, str] = field(factory=dict)
+    deadlines: dict[str, str] = field(factory=dict)
     last_key: str | None = None
     has_left_out: bool = False  # open failures were dropped, so the stored snapshot is outdated
     key_generation: int = 0  # how often it was rewound with new idempotency keys
@@ -63,6 +65,7 @@ class History:
             if step["ok"]
             or completed
             or seqs[key] <= settled
+            or metas[key].get("timedOut")  # decided: who sent a signal since was refused
             or (not seqs[key] and last_of_node != key and last_of_node in recorded)
         ]
         history.has_left_out = len(replayed) < len(recorded)
@@ -75,13 +78,11 @@ class History:
         in_order = [key for key in replayed if seqs[key] and key not in history._parallel]
         in_order.sort(key=seqs.__getitem__)
         history._in_order = in_order[::-1]  # reversed: the next one is popped off the end
-        for name in ("waits", "sleeps"):
-            if isinstance(ends := metadata.get(name), Mapping):
-                history.sleeps |= {
-                    key: end
-                    for key, end in ends.items()
-                    if isinstance(end, str) and key not in history.steps
-                }
+        times = {name: as_mapping(metadata.get(name)) for name in ("deadlines", "waits", "sleeps")}
+        for name, ends in times.items():
+            kept = history.deadlines if name == "deadlines" else history.sleeps
+            known = {**history.steps, **history.deadlines}
+            kept |= {k: end for k, end in ends.items() if isinstance(end, str) and k not in known}
         return history
 
     # -- asking ----------------------------------------------------------------------------
@@ -143,6 +144,7 @@ class History:
         self.steps[key] = step
         self.waits.pop(key, None)
         self.sleeps.pop(key, None)
+        self.deadlines.pop(key, None)
         self.last_key = key
         return step
 
@@ -150,11 +152,21 @@ class History:
         """Remove a step whose transaction was rolled back."""
         self.steps.pop(key, None)
 
+    def end_of_sleep(self, key: str, otherwise: str) -> str:
+        """Return when a sleep ends, which was decided when it was first reached."""
+        self.deadlines.pop(key, None)  # the code had a wait there before
+        return self.sleeps.setdefault(key, otherwise)
+
+    def deadline(self, key: str, otherwise: str) -> str:
+        """Return when a wait times out, which was decided when it was first reached."""
+        self.sleeps.pop(key, None)  # as above, the other way round
+        return self.deadlines.setdefault(key, otherwise)
+
     def suspend(self, key: str, due: str | None, own: bool) -> None:
         """Note that the run is suspended on ``key``, until ``due`` or (None) for a signal."""
         self.waits[key] = due
-        if due is not None:
-            self.sleeps[key] = due
+        if due is None:
+            self.deadlines.pop(key, None)  # the code had a timeout there before
         if own:
             self._settled = self._gone_on_after  # to wait is to go on: earlier failures are settled
 
@@ -163,8 +175,11 @@ class History:
         found: dict[str, Any] = {}
         if suspended:
             found["waits"] = self.waits
-        if sleeps := {key: end for key, end in self.sleeps.items() if key not in self.waits}:
+        waits = self.waits if suspended else {}
+        if sleeps := {key: end for key, end in self.sleeps.items() if key not in waits}:
             found["sleeps"] = sleeps
+        if self.deadlines:
+            found["deadlines"] = self.deadlines
         if self._settled >= 0:
             found["settled"] = self._settled
         return found

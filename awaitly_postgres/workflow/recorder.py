@@ -21,6 +21,12 @@ class Recorder(Protocol):
         in the order of their numbers. It returns only when the step is recorded.
         """
 
+    def record_timeout(self, key: str, enter: Callable[[], str]) -> bool:
+        """Record that ``step.wait(key)`` has timed out, unless a signal for it has come by now.
+
+        The two are decided in one: once this has returned True, no signal for ``key`` is taken.
+        """
+
     def transaction(self, key: str) -> StepTransaction:
         """Return a transaction in which one step runs and is recorded."""
 

@@ -16,6 +16,7 @@ from .._checks import OnDrift, check_id
 from ..errors import (
     AwaitlyError,
     DuplicateStepKey,
+    WaitTimedOut,
     WorkflowDrift,
     WorkflowError,
     WorkflowSuspended,
@@ -140,28 +141,34 @@ class Run:
         self.emit("step_completed", key, timer.stop()["durationMs"])
         return self._decode(key, fn, _json.as_stored(text))
 
-    def sleep(self, key: str, duration: timedelta) -> Any:
-        """Return if the time of ``key`` has come, else suspend the run."""
+    def sleep(self, key: str, until: Callable[[datetime], datetime]) -> Any:
+        """Return if the time of ``key`` has come, else suspend the run.
+
+        ``until`` is asked when it will come, given the time now.
+        """
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, _nothing, recorded)
         with self._live(key):
             timer = self._start(key)
             now = self._now()
-            due = self.history.sleeps.get(key) or timestamp(now + duration)
+            with self._lock:
+                due = self.history.end_of_sleep(key, timestamp(until(now)))
             if due > timestamp(now):
                 self._suspend(key, due)
             self._record_value(key, "null", timer.stop())
         return None
 
-    def wait(self, key: str) -> Any:
-        """Return the value that was sent for ``key``, else suspend the run."""
+    def wait(self, key: str, timeout: timedelta | None = None) -> Any:
+        """Return the value that was sent for ``key``, else suspend the run until it times out."""
         recorded = self._ask(key)
         if recorded is not None:
             return self._replay(key, _nothing, recorded)
         with self._live(key):
             timer = self._start(key)
-            value = self._signal(key) or self._suspend(key, None)
+            value = self._signal(key)
+            if value is None:
+                value = self._suspend(key) if timeout is None else self._expire(key, timeout, timer)
             self._record_value(key, value, timer.stop())
         return self._decode(key, _nothing, _json.as_stored(value))
 
@@ -270,20 +277,36 @@ class Run:
     def _now(self) -> datetime:
         if self.recorder is None:
             return datetime.now(timezone.utc)
+        return self._asked_for(self.recorder.now)
+
+    def _signal(self, key: str) -> str | None:
+        recorder = self.recorder
+        return None if recorder is None else self._asked_for(lambda: recorder.signal(key))
+
+    def _asked_for(self, what: Callable[[], T]) -> T:
         try:
-            return self.recorder.now()
+            return what()
         except AwaitlyError as error:  # an outage must get past the user's ``except Exception``
             raise self._interrupt(error) from error
 
-    def _signal(self, key: str) -> str | None:
-        if self.recorder is None:
-            return None
-        try:
-            return self.recorder.signal(key)
-        except AwaitlyError as error:
-            raise self._interrupt(error) from error
+    def _expire(self, key: str, timeout: timedelta, timer: Timer) -> str:
+        """Suspend the run until the deadline of ``key``; after it, raise `WaitTimedOut`.
 
-    def _suspend(self, key: str, due: str | None) -> NoReturn:
+        Whether the signal or the timeout was first is decided where both are stored, when the
+        timeout is recorded. Returns the signal if it was.
+        """
+        now = self._now()
+        with self._lock:
+            due = self.history.deadline(key, timestamp(now + timeout))
+        if due > timestamp(now):
+            self._suspend(key, due)
+        error, timing = WaitTimedOut(self.id, key), {**timer.stop(), "timedOut": True}
+        if self._record(key, lambda: self._enter_failure(key, error, timing), expires=True):
+            self.emit("step_failed", key, timing["durationMs"], error)
+            raise error
+        return self._signal(key) or self._suspend(key, due)
+
+    def _suspend(self, key: str, due: str | None = None) -> NoReturn:
         with self._lock:
             self.history.suspend(key, due, threading.get_ident() == self._own_thread)
         raise self._interrupt(WorkflowSuspended(self.id, key))
@@ -297,20 +320,23 @@ class Run:
         self.emit("step_completed", key, timing["durationMs"])
 
     def _record_failure(self, key: str, error: Exception, timing: Timing) -> None:
-        self._record(key, lambda: self._enter_failure(key, error, timing), error)
+        self._record(key, lambda: self._enter_failure(key, error, timing))
         self.emit("step_failed", key, timing["durationMs"], error)
 
-    def _record(self, key: str, enter: Callable[[], str], failure: Exception | None = None) -> None:
+    def _record(self, key: str, enter: Callable[[], str], *, expires: bool = False) -> bool:
         try:
-            if self.recorder is not None:
-                self.recorder.record(key, enter)
-            else:
+            if self.recorder is None:
                 enter()
+            elif not expires:
+                self.recorder.record(key, enter)
+            elif not self.recorder.record_timeout(key, enter):
+                return False
             self._acknowledge(key)
+            return True
         except AwaitlyError as error:
             if self._over:
                 raise
-            raise self._interrupt(error) from (failure or error)
+            raise self._interrupt(error) from error
 
     def _acknowledge(self, key: str) -> None:
         """Note that a step is recorded: only now may the own thread begin another."""

@@ -8,10 +8,10 @@ same results, and no recorded step runs a second time.
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from .._checks import check_id, check_seconds
+from .._checks import check_id, check_moment, check_seconds
 from ..errors import WorkflowError
 from .run import Run
 
@@ -85,7 +85,13 @@ class Step:
         """
         return self._run.step_transaction(key, fn, lambda conn: fn(conn, *args, **kwargs))
 
-    def sleep(self, key: str, duration: float | timedelta) -> None:
+    def sleep(
+        self,
+        key: str,
+        duration: float | timedelta | None = None,
+        *,
+        until: datetime | None = None,
+    ) -> None:
         """Suspend the run until ``duration`` has passed since this step was first reached.
 
         No process waits for that: the caller of the run gets `WorkflowSuspended`, and
@@ -94,18 +100,40 @@ class Step:
         Args:
             key: the name of the step, unique within the run.
             duration: seconds, or a timedelta; less than 1,000,000,000 seconds.
+            until: an aware datetime, instead of a duration. What it was when this step was first
+                reached counts.
 
         Raises:
-            ValueError: the duration is negative or too long.
+            TypeError: neither or both are given.
+            ValueError: the duration is negative or too long; the datetime has no time zone.
         """
-        self._run.sleep(key, timedelta(seconds=check_seconds(duration)))
+        if (duration is None) == (until is None):
+            raise TypeError("sleep() takes either a duration or until=")
+        if until is not None:
+            end = check_moment(until, "until")
+            self._run.sleep(key, lambda now: end)
+        elif duration is not None:
+            span = timedelta(seconds=check_seconds(duration))
+            self._run.sleep(key, lambda now: now + span)
 
-    def wait(self, key: str) -> Any:
+    def wait(self, key: str, *, timeout: float | timedelta | None = None) -> Any:
         """Suspend the run until ``Durable.signal(id, key, value)`` is called; return that value.
 
         As with `sleep`, no process waits. A signal may also come before the run gets here.
+
+        Args:
+            key: the name of the step, unique within the run.
+            timeout: seconds, or a timedelta, from when this step was first reached, by the server's
+                clock; None waits for ever.
+
+        Raises:
+            WaitTimedOut: no signal came in time, and none is taken any more. Recorded, so that a
+                replay raises it too. If the workflow does not catch it, the run is given up.
+            ValueError: the timeout is negative or too long.
         """
-        return self._run.wait(key)
+        if timeout is None:
+            return self._run.wait(key)
+        return self._run.wait(key, timedelta(seconds=check_seconds(timeout, "timeout")))
 
     @property
     def workflow_id(self) -> str | None:

@@ -468,3 +468,41 @@ def test_a_child_forked_in_a_run_gives_nothing_up(durable: Durable, db: DB) -> N
         raise
     assert result == "done"
     assert "gaveUpAt" not in metadata(db)
+
+
+# -- what others wrote ---------------------------------------------------------------------
+
+
+def test_what_is_not_known_here_survives_giving_up_and_coming_back(
+    store: SnapshotStore, db: DB
+) -> None:
+    """Fields of Node's, of a later version and of the user's, beside what version 0.1 wrote."""
+    durable = Durable(store, max_attempts=2, backoff=pause)
+    declined: list[int] = []
+
+    @durable.workflow
+    def job(step: Step) -> str:
+        if not declined:
+            declined.append(1)
+            raise Declined
+        return step("a", str)
+
+    durable.submit("a", job)
+    db.execute(
+        "UPDATE awaitly_snapshots SET snapshot = snapshot || jsonb_build_object('later', 1, "
+        "'metadata', snapshot->'metadata' || '{\"nodeOnly\": [1], \"custom\": {\"a\": 1}}')"
+    )
+    die(db, "a", 2)
+
+    def keeps_all() -> bool:
+        found = metadata(db)
+        later = store.load("a").extra
+        return (found["nodeOnly"], found["custom"], later) == ([1], {"a": 1}, {"later": 1})
+
+    assert [outcome.status for outcome in durable.resume_pending()] == ["failed"]  # unstarted
+    assert keeps_all()
+    assert durable.try_resume("a").status == "failed"  # declined
+    assert "gaveUpAt" in metadata(db)
+    assert keeps_all()
+    assert durable.try_resume("a").status == "completed"
+    assert keeps_all()
