@@ -165,7 +165,9 @@ PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-{% if state in ("pending", "running", "waiting", "retrying") %}<meta http-equiv="refresh" content="2">{% endif %}
+{% if state in ("pending", "running", "waiting", "retrying") %}
+<meta http-equiv="refresh" content="2">
+{% endif %}
 <title>Checkout {{ id }}: {{ state }}</title>
 <style>
   :root { color-scheme: light dark; --line: #8884; --quiet: #888; --bar: #2f855a; }

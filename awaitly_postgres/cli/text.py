@@ -14,8 +14,8 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-from ..store import rows
 from ..store.rows import elide, printable
+from ..store.rows import span as in_units
 
 Line = list[tuple[str, str]]  # text and the name of its style
 
@@ -75,7 +75,7 @@ def ellipsis() -> str:
 
 def span(seconds: float) -> str:
     """Write a duration, in characters that the terminal's encoding supports."""
-    text = rows.span(seconds)
+    text = in_units(seconds)
     return text.replace("µ", "u") if out.options.ascii_only else text
 
 
