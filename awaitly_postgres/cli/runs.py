@@ -96,7 +96,7 @@ def signal(place: Place, id: str, key: str, value: tuple[Any]) -> None:
         raise click.BadParameter(str(error), param_hint="JSON") from None
     if not accepted:
         (row,) = stored(store, [id])
-        why = f"has an answer for {key!r} or waited too long for one, or no Durable started it"
+        why = f"already has an answer for {key!r}, or its wait timed out, or no Durable started it"
         if row.state in ("completed", "cancelled"):
             why = f"is {row.state}"
         raise click.ClickException(f"{id!r} {why}")

@@ -15,7 +15,7 @@ from rich.style import Style
 from rich.text import Text
 
 from ..store.rows import elide, printable
-from ..store.rows import span as span_of
+from ..store.rows import span as in_units
 
 Line = list[tuple[str, str]]  # text and the name of its style
 
@@ -75,7 +75,7 @@ def ellipsis() -> str:
 
 def span(seconds: float) -> str:
     """Write a duration, in characters that the terminal's encoding supports."""
-    text = span_of(seconds)
+    text = in_units(seconds)
     return text.replace("µ", "u") if out.options.ascii_only else text
 
 
