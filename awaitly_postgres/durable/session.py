@@ -113,6 +113,14 @@ class Session:
             # Whatever exception has struck, and wherever: release the lease if it is still held.
             self._admission.release()
 
+    def refuse_further_steps(self) -> None:
+        """Stop this start from another thread, as Ctrl-C would: it begins no step from here on."""
+        self._run._stop(KeyboardInterrupt())
+
+    def release(self) -> None:
+        """Release the lease, so that nothing more can be recorded."""
+        self._admission.release()
+
     def _restore(self, stored: WorkflowSnapshot) -> None:
         """Take over the recorded steps, migrated to this version if need be.
 
