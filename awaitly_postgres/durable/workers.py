@@ -68,17 +68,18 @@ class Workers:
         return ended
 
     def _work(self) -> None:
-        # A child that a step has forked has this thread and no other: it ends with the step, and
-        # must leave alone what is its parent's.
-        while os.getpid() == self._pid and (task := self._tasks.get()) is not None:
+        while (task := self._tasks.get()) is not None:
             context, info = task
             try:
                 self._ended.put((context.run(self._attempt, info, self._sessions), None))
             except BaseException as error:
                 self._ended.put((None, error))
+            if os.getpid() != self._pid:
+                # A child that the step has forked has this thread and no other. Nobody there waits
+                # for an outcome, and all else is its parent's.
+                os._exit(1)
             del task, context  # their values would live as long as this thread waits
-        if os.getpid() == self._pid:
-            self._leave()
+        self._leave()
 
     def close(self) -> None:
         """End the threads. What is still running is abandoned: the process was told to stop now.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextvars
 import logging
 import os
+import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import psycopg
 import pytest
@@ -357,6 +359,12 @@ def test_a_child_forked_in_a_worker_ends_with_its_step(durable: Durable, db: DB)
 
     durable.submit_many(forks, {"a": (), "b": ()})
     assert {o.result for o in durable.resume_pending(workers=2)} == {"parent"}
-    for child in children:
-        assert eventually(lambda child=child: os.waitpid(child, os.WNOHANG))[0] == child
+    try:
+        for child in children:
+            eventually(lambda child=child: os.waitpid(child, os.WNOHANG)[0], "the child's end")
+    finally:
+        for child in children:
+            with suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+    assert len(children) == 2
     assert durable.get("a").state == "completed"
