@@ -136,6 +136,10 @@ class _DjangoPool(OwnPool):
                     "it in a TransactionTestCase."
                 )
 
+    def leave_thread(self) -> None:
+        """Close what Django has opened for the thread: it keeps connections for each."""
+        connections.close_all()
+
     def _open(self) -> ConnectionPool[Any]:
         pool = getattr(connections[self.using], "pool", None)
         if pool is None:
