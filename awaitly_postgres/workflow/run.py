@@ -130,6 +130,7 @@ class Run:
                     text = self._encode(key, value)
                     transaction.record(lambda: self._enter(key, text, timer.stop()))
             except BaseException as error:
+                conn = None  # struck on its way back to the pool, it gets there when let go of
                 # Whatever struck, and wherever: first find out whether the step was committed.
                 failure = transaction.settle(error)
                 if failure is not None:
