@@ -66,7 +66,7 @@ class Written:
 
     def trying_append(self) -> Written:
         """Return the state while an append is under way: the journal may already have the step."""
-        return evolve(self, journal_is_empty=False)
+        return evolve(self, journal_is_empty=False) if self.journal_is_empty else self
 
     def after_append(self, key: str, size: int) -> Written:
         """Return the state after an append of ``size`` characters that has landed."""
@@ -285,7 +285,7 @@ class Checkpoints:
             "ttl": self.ttl,
             "token": self.token,
             "number": written.number,
-            "tokens": tokens,
+            "tokens": _array(tokens),
             "base": tokens[0],
             "next": tokens[-1],
             "last": written.last_appended,
@@ -320,7 +320,7 @@ class Checkpoints:
         # Valid only on the last rewrite known to have landed. If this append arrives late, after a
         # newer rewrite, it must change nothing: that rewrite does not count on these steps, and the
         # end of the run would leave them behind in a journal believed empty.
-        params["tokens"] = [params["base"]]
+        params["tokens"] = _array([params["base"]])
         self.written = self.written.trying_append()
         if not execute(conn, statement, params, prepare=True):
             return False
@@ -393,6 +393,11 @@ class Checkpoints:
     @property
     def _sql(self) -> Statements:
         return self.db.sql
+
+
+def _array(tokens: Iterable[str]) -> str:
+    """Write a PostgreSQL array of text. As a list, psycopg would take longer than for all else."""
+    return f"{{{','.join(map(_json.quote, tokens))}}}"
 
 
 def _size(steps: Mapping[str, str]) -> int:
