@@ -448,6 +448,14 @@ ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 WITH fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE)
 {append_step}
 
+-- name: append_many -- if journal
+-- Several steps of such a run, of threads that wait for their commit together. All or none, so of
+-- several the write that follows need only name the last.
+WITH fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE)
+INSERT INTO {journal} (id, key, step)
+SELECT %(id)s, new.key, new.value FROM fence, jsonb_each(%(steps)s::jsonb) AS new
+ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
+
 -- name: append_in_transaction -- if journal
 -- The last statement of step.transaction. It renews the lease as well, for nobody can from here
 -- until the commit.
