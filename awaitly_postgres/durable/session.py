@@ -115,7 +115,7 @@ class Session:
 
     def refuse_further_steps(self) -> None:
         """Stop this start from another thread, as Ctrl-C would: it begins no step from here on."""
-        self._run._stop(KeyboardInterrupt())
+        self._run.stop(KeyboardInterrupt())
 
     def release(self) -> None:
         """Release the lease, so that nothing more can be recorded."""
