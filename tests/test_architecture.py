@@ -128,7 +128,7 @@ def test_the_store_knows_nothing_of_workflows() -> None:
 
 
 def test_only_durable_joins_the_two() -> None:
-    """Of what stands beside the rooms only the face and `testing` use them, the latter two of them."""
+    """Beside the rooms, the face names what is public, and `testing` needs no store of its own."""
     joining = {"workflow", "store"}
     rooms = {room_of(file) for file in FILES} - {"", "cli", "contrib"}
     assert rooms == {*joining, "durable"}

@@ -308,15 +308,11 @@ class Checkpoints:
         """Write steps that the history has, by key, whichever way is cheaper."""
         self._note_progress(steps.values())
         if self._sql.journal and self.written.takes_appended(_size(steps)):
-            statement = self._sql.append if len(steps) == 1 else self._sql.append_many
-            return self._append(conn, statement, steps)
+            return self._append(conn, self._sql.append, steps)
         return self._rewrite(conn)
 
     def _append(self, conn: Connection, statement: bytes, steps: Mapping[str, str]) -> bool:
-        last = next(reversed(list(steps)))
-        params = {**self.next_write(), "key": last, "step": steps[last]}
-        if len(steps) > 1:
-            params["steps"] = _json.join(steps)
+        params = {**self.next_write(), "steps": _json.join(steps)}
         # Valid only on the last rewrite known to have landed. If this append arrives late, after a
         # newer rewrite, it must change nothing: that rewrite does not count on these steps, and the
         # end of the run would leave them behind in a journal believed empty.
@@ -324,7 +320,7 @@ class Checkpoints:
         self.written = self.written.trying_append()
         if not execute(conn, statement, params, prepare=True):
             return False
-        self.written = self.written.after_append(last, _size(steps))
+        self.written = self.written.after_append([*steps][-1], _size(steps))
         return True
 
     def _rewrite(self, conn: Connection, expired: str | None = None) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -65,6 +66,7 @@ class Group:
     _commit: Callable[[], None]
     _waiting: list[Waiting] = field(factory=list)  # replaced and extended only under the lock
     _leader: Waiting | None = None
+    _size: int = 0  # of the last group
     _lock: _thread.LockType = field(factory=_thread.allocate_lock)
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
@@ -103,6 +105,7 @@ class Group:
             if step.step is not None and not step.is_settled:
                 size += len(step.step)
                 group.append(step)
+        self._size = len(group)
         return group
 
     def in_flight(self) -> list[Waiting]:
@@ -110,6 +113,12 @@ class Group:
         return [step for step in self._waiting if step.step is not None and not step.is_settled]
 
     def _lead(self, leader: Waiting) -> None:
+        # Threads just woken are soon back with another step. Without this the first of them would
+        # commit its own alone while all others wait, so that every second commit would be of one.
+        for _ in range(self._size):
+            if len(self._waiting) >= self._size:
+                break
+            time.sleep(0)  # lets another thread have the interpreter
         try:
             self._commit()
         except AwaitlyError as error:
@@ -120,6 +129,8 @@ class Group:
 
     def _leave(self, leaving: Waiting) -> None:
         """Wake those that are settled, and appoint the next leader. May be repeated."""
+        if leaving.is_settled and self._leader is not leaving:
+            return  # whoever has settled it removes it, and what is settled is never appointed
         with self._lock:
             # Woken before they are removed: should an exception strike in between, the repetition
             # still finds them.

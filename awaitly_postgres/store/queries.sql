@@ -437,24 +437,17 @@ RETURNING 1
 -- A step is recorded -------------------------------------------------------------------------
 
 -- fragment: append_step -- if journal
--- Repeated, it writes the same.
-INSERT INTO {journal} (id, key, step)
-SELECT %(id)s, %(key)s, %(step)s::jsonb FROM fence
-ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
-
--- name: append -- if journal
--- One step of a run whose snapshot is large. The lease's row is locked, not updated: renewing it
--- is the background thread's work.
-WITH fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE)
-{append_step}
-
--- name: append_many -- if journal
--- Several steps of such a run, of threads that wait for their commit together. All or none, so of
--- several the write that follows need only name the last.
-WITH fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE)
+-- One step or several, of threads that wait for their commit together: all or none, so the write
+-- that follows need name only the last. Repeated, it writes the same.
 INSERT INTO {journal} (id, key, step)
 SELECT %(id)s, new.key, new.value FROM fence, jsonb_each(%(steps)s::jsonb) AS new
 ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
+
+-- name: append -- if journal
+-- Steps of a run whose snapshot is large. The lease's row is locked, not updated: renewing it
+-- is the background thread's work.
+WITH fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE)
+{append_step}
 
 -- name: append_in_transaction -- if journal
 -- The last statement of step.transaction. It renews the lease as well, for nobody can from here
@@ -784,6 +777,33 @@ CASE
     ELSE 'retrying'
 END
 
+-- fragment: map_progress
+-- How far each step.map of a run has got, in the order in which they began: its key, the items that
+-- have completed, and how many there are. A step that stands in both places counts once; UNION
+-- compares a few bytes of each, not what it has returned.
+(
+    SELECT json_agg(json_build_array(map, done, count) ORDER BY first)::text
+    FROM (
+        SELECT
+            meta->>'map' AS map,
+            count(*) FILTER (WHERE ok) AS done,
+            (array_agg(meta->'of'))[1] AS count,
+            min(lpad(meta->>'seq', 20, '0')) AS first
+        FROM (
+            SELECT key, value->'meta' AS meta, value->'ok' = 'true' AS ok FROM jsonb_each(
+                CASE
+                    WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'
+                    ELSE '{}'
+                END
+            )
+            UNION SELECT key, step->'meta', step->'ok' = 'true'  -- if journal
+            FROM {journal} j WHERE j.id = s.id                   -- if journal
+        ) AS steps
+        WHERE meta ? 'map'
+        GROUP BY 1
+    ) AS maps
+)
+
 -- fragment: run_columns
 -- One run as RunInfo reads it: without payloads, which may be large. The newest Node releases
 -- store the steps as an array of pairs.
@@ -808,6 +828,7 @@ END
             UNION SELECT key FROM {journal} j WHERE j.id = s.id  -- if journal
         ) AS recorded
     ),
+    CASE WHEN {unfinished} THEN {map_progress} END,
     CASE
         WHEN jsonb_typeof(snapshot->'metadata') = 'object'
         THEN ((snapshot->'metadata') - '{input,output,failure,signals}'::text[])::text

@@ -108,8 +108,8 @@ class Run(Asking):
                     own = self.is_own_thread()
                     transaction.record(lambda: self._enter(key, text, timer.stop(), own))
             except BaseException as error:
-                # Struck on its way back to the pool, the connection gets there once no frame of the
-                # traceback refers to it; and it may be the only one.
+                # Let go of first: struck on its way back to the pool, it gets there when no frame
+                # of the traceback holds it any more, and it may be the pool's only one.
                 conn = None
                 # Whatever struck, and wherever: first find out whether the step was committed.
                 failure = transaction.settle(error)
