@@ -76,7 +76,7 @@ def stored(db: psycopg.Connection) -> tuple[Any, ...]:
 # -- quickstart.py -------------------------------------------------------------------------
 
 
-def test_quickstart_tells_the_whole_story_at_its_first_start(
+def test_quickstart_tells_the_whole_story_at_its_first_start_and_runs_nothing_at_its_second(
     start: Start, db: psycopg.Connection
 ) -> None:
     """One process dies after two steps, the next replays these two and runs only the others."""
@@ -86,15 +86,11 @@ def test_quickstart_tells_the_whole_story_at_its_first_start(
     assert first.replayed == ["reserve-stock", "charge-card"]
     died = first.stdout.index("killed")
     assert first.stdout.index("ran       charge-card") < died < first.stdout.index("replayed")
-    snapshot, _ = stored(db)
+    before = stored(db)
+    snapshot, _ = before
     assert snapshot["execution"]["status"] == "completed"
     assert snapshot["metadata"]["attempts"] == 1  # it has got further since
 
-
-def test_quickstart_runs_nothing_at_its_second_start(start: Start, db: psycopg.Connection) -> None:
-    """Started again it returns the recorded order and leaves the database as it is."""
-    first = start("quickstart.py")
-    before = stored(db)
     second = start("quickstart.py")
     assert (second.returncode, second.ran, second.replayed) == (0, [], [])
     assert "'order': 'A-1001'" in second.stdout
@@ -104,10 +100,10 @@ def test_quickstart_runs_nothing_at_its_second_start(start: Start, db: psycopg.C
     assert stored(db) == before
 
 
-def test_quickstart_resumes_what_an_earlier_start_left_half_done(
+def test_quickstart_resumes_what_an_earlier_start_left_half_done_and_begins_anew_when_told_to(
     start: Start, db: psycopg.Connection
 ) -> None:
-    """A start that dies half way leaves two steps; the next start runs the remaining two."""
+    """Two steps are left of a start that dies halfway, and nothing with --fresh."""
     died = start("quickstart.py", "--die")
     assert (died.returncode, died.ran) == (9, ["reserve-stock", "charge-card"])
     half = stored(db)[0]
@@ -118,10 +114,6 @@ def test_quickstart_resumes_what_an_earlier_start_left_half_done(
     whole = stored(db)[0]
     assert {key: whole["steps"][key] for key in half["steps"]} == half["steps"]
 
-
-def test_quickstart_begins_anew_when_told_to(start: Start) -> None:
-    """With --fresh the recorded run is forgotten and every step runs again."""
-    start("quickstart.py")
     again = start("quickstart.py", "--fresh")
     assert again.ran == ["reserve-stock", "charge-card", "create-order", "send-receipt"]
 

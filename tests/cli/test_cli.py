@@ -31,7 +31,8 @@ from awaitly_postgres.cli import cli
 from awaitly_postgres.store.rows import STATES
 from tests.support import DATA
 
-EXECUTABLE = str(Path(sysconfig.get_path("scripts"), "awaitly-postgres"))
+PROGRAM = "awaitly-postgres"
+EXECUTABLE = str(Path(sysconfig.get_path("scripts"), PROGRAM))
 NODE_ROWS = json.loads((DATA / "node-snapshots.json").read_text())
 PATIENCE = 60.0  # seconds until a test gives up on a process
 
@@ -101,13 +102,15 @@ def environment(url: str, tmp_path: Path) -> dict[str, str]:
 def run(environment: dict[str, str], tmp_path: Path) -> Run:
     """Run the command in a pipe, in a folder with FLOWS.
 
-    What loads FLOWS, or is to meet another environment, is run by the executable; the rest by the
-    code that it calls, in this process, which spares half a second.
+    What loads FLOWS, prints help or is to meet another environment is run by the executable; the
+    rest by the code that it calls, in this process, which spares half a second.
     """
 
     def run(*arguments: str, **changes: str | None) -> subprocess.CompletedProcess[str]:
-        if "resume" not in arguments and not changes:
-            done = CliRunner().invoke(cli, arguments, env=environment, catch_exceptions=False)
+        if not changes and not {"resume", "--help"} & {*arguments}:
+            done = CliRunner().invoke(
+                cli, arguments, env=environment, prog_name=PROGRAM, catch_exceptions=False
+            )
             return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
         changed = {**environment, **changes}
         return subprocess.run(
@@ -1153,6 +1156,7 @@ def test_a_missing_address_is_told(run: Run) -> None:
     assert refused(run("list", DATABASE_URL=None), "--url", "$DATABASE_URL")
 
 
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize(
     "address",
     [
@@ -1171,10 +1175,11 @@ def test_an_address_that_does_not_connect_is_refused_without_the_password(
     assert "sekret" not in done.stderr
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_role_that_may_not_enter_is_refused_without_the_password(run: Run, url: str) -> None:
     """Credentials that the server does not take are wrong input, and stay secret."""
     address = make_conninfo(url, user="nobody_of_that_name", password="sekret")  # noqa: S106
-    done = run("list", DATABASE_URL=address)
+    done = run("list", "--url", address)
     assert refused(done, "nobody_of_that_name")
     assert "sekret" not in done.stderr
 

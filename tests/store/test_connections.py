@@ -136,6 +136,7 @@ def refusal(url: str, caplog: pytest.LogCaptureFixture, **options: Any) -> Store
     return caught.value
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_wrong_password_is_named_without_being_shown(
     own: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -146,6 +147,7 @@ def test_a_wrong_password_is_named_without_being_shown(
     assert isinstance(error.__cause__, psycopg.OperationalError)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_wrong_password_in_kwargs_is_not_shown_either(
     own: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -162,6 +164,7 @@ def test_a_right_password_works(own: Server) -> None:
         assert store.load("order") == SNAPSHOT
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_pool_of_the_callers_with_a_wrong_password_says_why(own: Server) -> None:
     """A pool itself only says that it timed out."""
     wrong = as_shop(own, f"{SECRET}-wrong")
@@ -173,6 +176,7 @@ def test_a_pool_of_the_callers_with_a_wrong_password_says_why(own: Server) -> No
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_pool_of_the_callers_with_a_malformed_url_does_not_make_us_repeat_it() -> None:
     """What the pool itself logs is the caller's affair; our error keeps the password out."""
     malformed = f"postgresql://user:{SECRET}%zz@host/db"
@@ -195,6 +199,7 @@ def test_a_pool_that_is_not_open_says_so(url: str, state: str) -> None:
         postgres(pool=pool).load("order")
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_closed_port_is_refused_clearly(caplog: pytest.LogCaptureFixture) -> None:
     """The message says where it could not connect."""
     with socket.socket() as taken:
@@ -205,6 +210,7 @@ def test_a_closed_port_is_refused_clearly(caplog: pytest.LogCaptureFixture) -> N
     assert str(port) in str(error)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_an_unknown_host_is_refused_clearly(caplog: pytest.LogCaptureFixture) -> None:
     """The message names the host."""
     error = refusal(f"postgresql://shop:{SECRET}@nowhere.invalid/db", caplog)
@@ -212,6 +218,7 @@ def test_an_unknown_host_is_refused_clearly(caplog: pytest.LogCaptureFixture) ->
     assert "nowhere.invalid" in str(error)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_host_that_never_answers_is_given_up(caplog: pytest.LogCaptureFixture) -> None:
     """A port that takes the connection and says nothing does not hang the caller."""
     with socket.socket() as silent:
@@ -222,6 +229,7 @@ def test_a_host_that_never_answers_is_given_up(caplog: pytest.LogCaptureFixture)
     assert isinstance(error, StoreUnavailable)
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_database_that_is_not_there_is_refused_clearly(
     own: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -462,7 +470,7 @@ def packages_for(python: str) -> str:
     folder = Path(tempfile.gettempdir()) / f"awaitly-tests-packages-{user}-{tag}"
     if not folder.exists():
         making = tempfile.mkdtemp(prefix=f"{folder.name}-")
-        pip = [python, "-m", "pip", "install", "--quiet", "--target", making]
+        pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--target", making]
         pip += ["psycopg[binary,pool]>=3.2", "attrs>=23.2"]
         if subprocess.run(pip, check=False).returncode:
             pytest.skip(f"{python} cannot be given psycopg")
