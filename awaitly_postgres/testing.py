@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -46,6 +47,7 @@ def crash_everywhere(
     signals: Mapping[str, Any] | None = None,
     conn: psycopg.Connection[Any] | None = None,
     codec: Codec | None = None,
+    **kwargs: Any,
 ) -> dict[str, int]:
     """Run ``workflow`` whole, then crash it at each place where a process can die, and resume it.
 
@@ -64,11 +66,11 @@ def crash_everywhere(
         conn: where ``step.transaction`` runs, in savepoints. Each run on it is rolled back in the
             end, and so is a step that is crashed before it is recorded.
         codec: the one of the `Durable`, if it has one.
+        **kwargs: its keyword arguments.
 
     Returns:
-        by key, how often the body of a step has run at most, from a first start to the end: 2 if a
-        crash can repeat it, as one between its work and its record always does. What those of
-        ``step.transaction`` have written, a crash has rolled back.
+        by key, how often the body of each step has run in all: once in each run, and once more
+        where the crash came between its work and its record.
 
     Raises:
         AssertionError: after a crash, the result or the order of the steps has come out different.
@@ -82,15 +84,15 @@ def crash_everywhere(
         ...     paid = step("charge", lambda: f"paid {id}")
         ...     return step("ship", lambda: f"shipped, {paid}")
         >>> crash_everywhere(order, "123")
-        {'charge': 2, 'ship': 2}
+        {'charge': 8, 'ship': 8}
     """
-    trial = _Trial(workflow, args, signals or {}, conn, codec)
+    trial = _Trial(partial(workflow, **kwargs), args, signals or {}, conn, codec)
     whole = trial.carry_out(None)
     for place in trial.places:
         trial.compare(whole, trial.carry_out(place), f"a crash {place[0]} step {place[1]!r}")
     if whole.document is not None:
         _replay_elsewhere(trial, whole)
-    return dict(trial.most)
+    return dict(trial.ran)
 
 
 def pass_time(durable: Durable, time: timedelta) -> None:
@@ -163,21 +165,19 @@ class _Trial:
     conn: psycopg.Connection[Any] | None
     codec: Codec | None
     places: list[Place] = field(factory=list)  # where the whole run came by
-    most: Counter[str] = field(factory=Counter)
+    ran: Counter[str] = field(factory=Counter)  # the bodies, by key
     # What each body returned when it ran first, or the exception that it raised.
     results: dict[str, tuple[bool, Any]] = field(factory=dict)
     now: datetime = field(factory=lambda: datetime.now(timezone.utc))
-    runs: Counter[str] = field(factory=Counter)  # of the bodies, from a first start to the end
+    is_whole: bool = True
     crash_at: Place | None = None
     lock: threading.RLock = field(factory=threading.RLock)
 
     def carry_out(self, crash_at: Place | None) -> _End:
         """Run the workflow from its first start to its end, with a crash on the way or without."""
-        self.runs, self.crash_at = Counter(), crash_at
+        self.is_whole, self.crash_at = crash_at is None, crash_at
         with self.conn.transaction(force_rollback=True) if self.conn else nullcontext():
-            end = self._finish()
-        self.most |= self.runs
-        return end
+            return self._finish()
 
     def _finish(self) -> _End:
         stored: WorkflowSnapshot | None = None
@@ -248,7 +248,7 @@ class _Trial:
     def pass_by(self, place: Place) -> None:
         """Note the place in the whole run; die there in the run that is to."""
         with self.lock:
-            if self.crash_at is None and not self.most and place not in self.places:
+            if self.is_whole and place not in self.places:
                 self.places.append(place)
             if self.crash_at == place:
                 self.crash_at = None
@@ -257,7 +257,7 @@ class _Trial:
     def work(self, key: str, call: Callable[[], T]) -> T:
         """Run the body of a step, and return or raise what it did when it ran first."""
         with self.lock:
-            self.runs[key] += 1
+            self.ran[key] += 1
         try:
             value: Any = call()
         except Exception as error:

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, SnapshotStore
+from awaitly_postgres.testing import crash_everywhere
 from tests.support import EXAMPLES
 
 RUN = "quickstart:checkout-123"
@@ -275,3 +276,25 @@ def test_transactional_step_moves_nothing_when_it_fails(
     db.execute("UPDATE example_accounts SET balance = 40 WHERE name = 'ada'")
     assert start("transactional_step.py", "transfer-2").returncode == 0
     assert balances(db) == {"ada": 10, "bob": 60}
+
+
+# -- all of their workflows ----------------------------------------------------------------
+
+
+def test_the_checkout_survives_a_crash_everywhere(shop: Any) -> None:
+    """That of the cron job: the card is declined, or it is charged and the order written."""
+    for amount in (shop.LIMIT, shop.LIMIT + 1):
+        charged = crash_everywhere(shop.checkout, "ada", amount)
+        assert ("create-order" in charged) is (amount == shop.LIMIT)
+
+
+def test_the_transfer_survives_a_crash_everywhere(
+    db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the trial has moved is rolled back."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("transactional_step")
+    db.execute(example.ACCOUNTS)
+    monkeypatch.setitem(example.mail_server, "up", True)
+    assert crash_everywhere(example.transfer, "ada", "bob", 1, conn=db)["move"] > 1
+    assert balances(db) == {"ada": 100, "bob": 0}

