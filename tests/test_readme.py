@@ -44,8 +44,12 @@ PAGES = {
 }
 README = PAGES["README.md"]
 DJANGO = "awaitly_postgres/contrib/django/README.md"
+CLI = "awaitly_postgres/cli/README.md"
+FORMAT = "awaitly_postgres/store/README.md"
 CHAPTERS = (
     DJANGO,
+    CLI,
+    FORMAT,
     "examples/README.md",
     "tests/benchmark/README.md",
     ".github/CONTRIBUTING.md",
@@ -239,7 +243,7 @@ def test_snapshot_on_the_page_is_valid() -> None:
     document = json.loads(block.text)
     assert validate_snapshot(document) == []
     for name in document["metadata"]:
-        assert f"`{name}`" in README
+        assert f"`{name}`" in PAGES[FORMAT]
 
 
 @pytest.mark.parametrize("command", commands(), ids=shlex.join)
@@ -311,8 +315,7 @@ def example(name: str) -> Any:
 
 def test_command_line_is_explained() -> None:
     """Each command has its place in the table."""
-    section = README.partition("\n## Command Line\n")[2].partition("\n## ")[0]
-    table = " ".join(re.findall(r"^\| (`.+?) \|", section, re.M))
+    table = " ".join(re.findall(r"^\| (`.+?) \|", PAGES[CLI], re.M))
     assert set(re.findall(r"`([a-z]+)", table)) == set(cli.commands)
 
 
