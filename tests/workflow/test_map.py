@@ -228,10 +228,10 @@ def test_a_map_has_one_place_in_the_order_of_the_workflow(names: str) -> None:
 
 
 def test_a_map_that_has_become_a_step_is_drift() -> None:
-    """Of another key, or of the first of its items alone."""
+    """Of its own key, or of the first of its items alone."""
     run = Workflow(in_order("M"))
     run()
-    for key in ("M[0]", "a"):
+    for key in ("M", "M[0]"):
 
         def work(step: Step, key: str = key) -> None:
             step(key, str)
@@ -250,7 +250,7 @@ def test_a_fan_out_of_ones_own_may_become_a_map() -> None:
         for thread in threads:
             thread.join()
 
-    run = Workflow(by_hand)
+    run = Workflow(by_hand, name="work")
     run()
     again = Workflow(mapping([5, 6, 7]), snapshot=run.snapshot())
     assert again() == [0, 2, 14]
