@@ -18,7 +18,8 @@ FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
 # Metadata that holds for one snapshot only: the next one writes it anew or leaves it out.
 OF_THIS_MOMENT = (
-    "output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt", "gaveUpAt", "deadlines"
+    "output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt", "gaveUpAt",
+    "deadlines", "refusal",
 )  # fmt: skip
 # All metadata that this package writes. What the user gives is stored under "custom".
 OURS = (

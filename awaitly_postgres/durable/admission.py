@@ -224,7 +224,8 @@ class Admission:
         self._checkpoints.attempts = attempts
         error = NoStartsLeft(self.id, attempts)
         reason = failure.run_to_json(WorkflowError(str(error)))  # a class that cannot move
-        if (earlier := (found.snapshot.metadata or {}).get("failure")) is not None:
+        metadata = found.snapshot.metadata or {}
+        if (earlier := metadata.get("refusal", metadata.get("failure"))) is not None:
             reason["cause"] = earlier
         params = {
             **self._checkpoints.next_write(),
@@ -235,6 +236,22 @@ class Admission:
             raise TouchedMeanwhile(self.id)
         self.finished()
         return GivenUp(error)
+
+    def refuse(self, error: Exception) -> None:
+        """Store why this code cannot continue the run, for people to see, and release the lease.
+
+        The run has not failed: the code is wrong, not the record. The note stays until the next
+        start. If it cannot be written, `release` is all that is left to do.
+        """
+        if os.getpid() != self._pid or self.lease is None:
+            return
+        note = _json.dumps(failure.run_to_json(error))
+        params = {**self._checkpoints.next_write(), "refusal": note}
+        with suppress(AwaitlyError):
+            # None changed: a thread of the run has recorded a step meanwhile, or this was repeated
+            # after a lost reply.
+            if self._db.count(self._sql.refuse, params):
+                self.finished()
 
     def _is_finished(self, stored: WorkflowSnapshot) -> bool:
         """Return whether a recorded output can be returned.

@@ -66,7 +66,7 @@ class Looking(Options):
             return evolve(info, result=self._result(info, metadata.get("output")))
         if info.state == "cancelled":
             return evolve(info, error=WorkflowCancelled(id))
-        failure = metadata.get("failure")
+        failure = metadata.get("refusal", metadata.get("failure"))  # the later one
         if not isinstance(failure, Mapping):
             return info
         return evolve(

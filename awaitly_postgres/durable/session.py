@@ -107,7 +107,11 @@ class Session:
                 self._run.emit("run_given_up", error=admission.error)
                 raise admission.error
             if isinstance(admission, TakenUp):
-                self._restore(admission.snapshot)
+                try:
+                    self._restore(admission.snapshot)
+                except Exception as error:  # another version, or what a migration raises
+                    self._admission.refuse(error)
+                    raise
             return self._execute()
         finally:
             # Whatever exception has struck, and wherever: release the lease if it is still held.
@@ -178,6 +182,8 @@ class Session:
         # Drift is not recorded as a failure: the code is wrong, not the record. Without the lease
         # or the store no end can be recorded, and a forked child must not record its parent's.
         refused = ours and isinstance(error, (WorkflowDrift, LeaseLost, StoreError))
+        if ours and isinstance(error, WorkflowDrift):
+            self._admission.refuse(error)
         if isinstance(error, Exception) and not refused and os.getpid() == self._pid:
             pause = self._pause_after(error)
             self._finish(lambda: self._document("failed", failure=error), pause)

@@ -404,7 +404,7 @@ UPDATE {snapshots} SET
     snapshot = snapshot || jsonb_build_object(
         'steps', {steps_and_taken_out},  -- if journal
         'metadata',
-        ({metadata} - 'waits' - 'gaveUpAt')
+        ({metadata} - '{waits,gaveUpAt,refusal}'::text[])
             || %(metadata)s::jsonb
             || jsonb_build_object('wakeAt', {pause_end})
     )
@@ -425,13 +425,22 @@ UPDATE {snapshots} SET
             'status', 'failed', 'lastUpdated', {stored_now}, 'completedAt', {stored_now}
         ),
         'metadata',
-        ({metadata} - 'wakeAt' - 'waits')
+        ({metadata} - '{wakeAt,waits,refusal}'::text[])
             || jsonb_build_object('gaveUpAt', {stored_now}, 'failure', %(failure)s::jsonb)
     )
 WHERE id = %(id)s
     AND to_char(updated_at AT TIME ZONE 'UTC', {iso}) IS NOT DISTINCT FROM %(seen)s::text
     AND EXISTS (SELECT FROM fence)
 RETURNING 1
+
+-- name: refuse
+-- After take_up, if the code cannot go on with what is recorded: says why, for people to see, and
+-- gives the lease back. Repeated after a lost reply it finds no lease and changes nothing.
+WITH {releasing_fence}
+UPDATE {snapshots} SET
+    updated_at = clock_timestamp(),
+    snapshot = jsonb_set(snapshot, '{metadata,refusal}', %(refusal)s::jsonb)
+WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
 
 
 -- A step is recorded -------------------------------------------------------------------------

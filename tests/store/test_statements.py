@@ -169,7 +169,7 @@ def test_finding_that_another_was_faster_asks_once_and_writes_nothing(
 # -- the statements ------------------------------------------------------------------------
 
 WRITES = [
-    *("save", "create", "begin", "take_up", "give_up", "write", "fold", "expire"),
+    *("save", "create", "begin", "take_up", "give_up", "refuse", "write", "fold", "expire"),
     *("finish", "finish_and_fold"),
     *("append", "append_in_transaction", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),
