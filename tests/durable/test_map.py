@@ -239,7 +239,7 @@ def test_show_folds_the_items_of_a_map_but_not_those_that_failed(
         durable.run("a", job.work)
     text = show(url, "show", "a")
     assert "31 steps" in text
-    assert "load  28/30" in text
+    assert "load 28/30" in text
     assert "load[8]" in text
     assert "load[7]" not in text
     assert "load[7]" in show(url, "show", "a", "--all")
