@@ -242,7 +242,7 @@ class RunInfo:
     @property
     def progress(self) -> str:
         """How far its maps have got that are not complete, in words; nothing if there are none."""
-        open_maps = [f"{key} {n:,}/{of:,}" for key, (n, of) in self.maps.items() if n < of]
+        open_maps = [f"{key} {n}/{of}" for key, (n, of) in self.maps.items() if n < of]
         return ", ".join(open_maps)
 
     @property
@@ -282,7 +282,7 @@ def maps_of(steps: Sequence[StepInfo]) -> dict[str, tuple[int, int]]:
 
 
 def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
-    """Return one entry for all completed items of a map, as in ``resize  317/1000``."""
+    """Return one entry for all completed items of a map, as in ``resize 317/1000``."""
     shown: dict[str, StepInfo] = {}
     progress = maps_of(steps)
     for step in steps:
@@ -291,7 +291,7 @@ def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
             shown[step.key] = step
         elif folded is None:
             done, of = progress[step.map]
-            shown[f"\0{step.map}"] = evolve(step, key=f"{step.map}  {done:,}/{of:,}", value=None)
+            shown[f"\0{step.map}"] = evolve(step, key=f"{step.map} {done}/{of}", value=None)
         elif folded.started_at is not None and step.started_at is not None:
             lasted = (step.started_at - folded.started_at).total_seconds() + step.seconds
             shown[f"\0{step.map}"] = evolve(folded, duration=max(folded.seconds, lasted))

@@ -22,7 +22,15 @@ from awaitly_postgres import (
     WorkflowError,
 )
 from awaitly_postgres.durable.group import MOST
-from tests.support import Loss, Proxy, TimeLimit, eventually, photograph
+from tests.support import (
+    Loss,
+    Proxy,
+    TimeLimit,
+    eventually,
+    photograph,
+    stop_the_backend,
+    wake,
+)
 
 DB = psycopg.Connection
 SIZES = pytest.mark.parametrize("size", [0, 5_000], ids=["rewritten", "appended"])
@@ -149,6 +157,39 @@ def test_a_group_survives_the_loss_of_any_request_or_reply(
 
 
 @SIZES
+@pytest.mark.parametrize("more", [0, 3])
+def test_a_group_that_arrives_late_changes_nothing(
+    make_store: Callable[..., SnapshotStore], db: DB, size: int, more: int
+) -> None:
+    """Its backend was stopped; the retry has landed, and the run has gone on or ended, by then."""
+    store = make_store(max_size=1)
+    durable = Durable(store)
+    stopped: list[int] = []
+    together = threading.Barrier(6, lambda: stopped.append(stop_the_backend(store)))
+
+    def act(nr: int) -> str:
+        together.wait(30)
+        return filler(size)
+
+    def work(step: Step) -> str:
+        step("first", filler, size)
+        step("second", filler, size)  # the statement is prepared
+        step.map("m", act, range(6), workers=6)
+        for nr in range(more):
+            step(f"{nr}", filler, 3 * size)
+        return "done"
+
+    try:
+        assert durable.run("a", work) == "done"
+        before = photograph(db)
+    finally:
+        wake(stopped, db)
+    assert len(stopped) == 1
+    assert photograph(db) == before
+    assert len(keys(durable)) == 8 + more
+
+
+@SIZES
 def test_an_outage_tells_every_thread_of_the_group(
     connect: Callable[..., SnapshotStore],
     proxy: Proxy,
@@ -166,18 +207,20 @@ def test_an_outage_tells_every_thread_of_the_group(
         futures.extend(waiting)
         proxy.cut()
 
-    with pytest.raises(StoreUnavailable):
-        durable.run("a", lambda step: race.work(step, during))
-    assert race.acknowledged == ["first"]
-    assert {type(future.exception()).__name__ for future in futures} == {"Interrupted"}
-    db.execute("UPDATE awaitly_workflow_lock SET expires_at = now()")
-
-    def again(step: Step) -> None:
+    def work(step: Step) -> None:
+        if not futures:
+            race.work(step, during)
         step("first", filler, size)
         with ThreadPoolExecutor() as pool:
             list(pool.map(lambda nr: step(f"{nr}", filler, size), range(race.threads)))
 
-    Durable(store).run("a", again)
+    with pytest.raises(StoreUnavailable):
+        durable.run("a", work)
+    assert race.acknowledged == ["first"]
+    assert {type(future.exception()).__name__ for future in futures} == {"Interrupted"}
+    db.execute("UPDATE awaitly_workflow_lock SET expires_at = now()")
+
+    Durable(store).run("a", work)
     assert keys(Durable(store)) == {"first", *map(str, range(race.threads))}
 
 

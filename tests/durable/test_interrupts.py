@@ -248,6 +248,8 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
         done.append(step.transaction("pay", pay, f"{id}-pay"))
         acknowledged[f"{id}-pay"] += 1
         in_threads(lambda nr: step(f"item-{nr}", str, nr), threads)
+        if threads:
+            done += step.map("map", filler, range(8), workers=threads)
         done.append(step("fill", filler, 3000))
         done.append(step.transaction("tip", pay, f"{id}-tip"))
         return done

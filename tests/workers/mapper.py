@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import psycopg
+from psycopg_pool import ConnectionPool
 
 from awaitly_postgres import Durable, Event, Step, postgres
 
@@ -59,7 +60,11 @@ def make(url: str) -> tuple[Durable, Any]:
         if event.type == "step_completed" and "[" in str(event.key):
             notes.add("got", str(event.workflow_id), int(str(event.key)[2:-1]))
 
-    store = postgres(url, max_size=2, kwargs={"autocommit": True})
+    pool = ConnectionPool(
+        url, connection_class=Mortal, kwargs={"autocommit": True}, min_size=2, max_size=2, open=True
+    )
+    pool.wait()
+    store = postgres(pool=pool)
     durable = Durable(store, lock_ttl=TTL, on_event=note)
 
     @durable.workflow
@@ -78,14 +83,26 @@ def crash(url: str) -> None:
         for nr in itertools.count(1):
             pid = os.fork()
             if pid == 0:
-                durable, work = make(url)
-                durable.store.ping()
-                psycopg.Connection.wait, Mortal.last = Mortal.wait, (moment, nr)
-                durable.run(f"{moment}-{nr}", work, f"{moment}-{nr}")
-                os._exit(0)
-            if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0:
+                die(url, moment, nr)
+            if (code := os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) == 0:
                 break
+            if code != -signal.SIGKILL:
+                raise SystemExit(code)
             print(f"{moment}-{nr}")
+
+
+def die(url: str, moment: str, nr: int) -> None:
+    """Run in this process, which ends here in any case."""
+    code = 1
+    try:
+        durable, work = make(url)
+        durable.store.ping()
+        Mortal.last = moment, nr
+        durable.run(f"{moment}-{nr}", work, f"{moment}-{nr}")
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(code)
 
 
 def resume(url: str) -> None:
@@ -95,7 +112,7 @@ def resume(url: str) -> None:
             if outcome.status != "completed":
                 raise RuntimeError(outcome)
         time.sleep(0.02)
-    durable.store.close()
+    durable.store._db.pool.opened().close()
 
 
 if __name__ == "__main__":
