@@ -8,6 +8,7 @@ translate, and catches them only where a connection is given up anyway.
 from __future__ import annotations
 
 import _thread
+import gc
 import logging
 import os
 import weakref
@@ -298,7 +299,7 @@ class Loan:
         except BaseException as error:
             # One that the pool had in hand would live as long as the traceback. Let go of, it finds
             # its way back at once: it may be the only one, and a lease is to be given back.
-            clear_frames(error.__traceback__)
+            _let_go(error)
             raise
         self.conn = conn  # nothing can strike between the two: no function is called
         self._lender.has_worked = True
@@ -329,7 +330,7 @@ class Loan:
             # Struck in the pool: either it is in there, where another thread may have got hold of
             # it, or nobody has it, and it finds its way back as soon as we let go of it.
             self.conn = conn = None
-            clear_frames(error.__traceback__)
+            _let_go(error)
             raise
         if closed:
             # Replaced already. The pool leaves its mark on it, and by that it would pass for lost.
@@ -367,6 +368,12 @@ class _OwnConnection(psycopg.Connection[Any]):
         self._pool = pool
         pool.putconn(self)
         self._pool = None
+
+
+def _let_go(error: BaseException) -> None:
+    """Drop what the frames that an exception has struck refer to."""
+    clear_frames(error.__traceback__)
+    gc.collect()  # a cursor that has adapted a list is in a cycle, and keeps its connection
 
 
 # -- fork and exit -------------------------------------------------------------------------

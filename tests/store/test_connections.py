@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -471,7 +472,7 @@ def packages_for(python: str) -> str:
     if not folder.exists():
         making = tempfile.mkdtemp(prefix=f"{folder.name}-")
         pip = [python, "-m", "pip", "install", "--quiet", "--no-compile", "--target", making]
-        pip += ["psycopg[binary,pool]>=3.2", "attrs>=23.2"]
+        pip += [entry for entry in requires("awaitly-postgres") or () if "extra ==" not in entry]
         if subprocess.run(pip, check=False).returncode:
             pytest.skip(f"{python} cannot be given psycopg")
         with suppress(OSError):  # another process was faster
