@@ -26,7 +26,7 @@ import pytest
 from click.testing import CliRunner
 from psycopg.conninfo import make_conninfo
 
-from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowSuspended
+from awaitly_postgres import Durable, Event, LeaseLost, SnapshotStore, Step, WorkflowSuspended
 from awaitly_postgres.cli import cli
 from awaitly_postgres.store.rows import STATES
 from tests.support import DATA
@@ -817,6 +817,51 @@ def test_resume_is_silent_unless_something_failed(run: Run, durable: Durable) ->
         done = run("resume", "flows:durable")
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert durable.store.list()[0].status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "error"),
+    [
+        ('step("charge", str', 'step("pay", str', "WorkflowDrift"),
+        ("workflow\ndef checkout", "workflow(version=2)\ndef checkout", "VersionMismatch"),
+    ],
+    ids=["drift", "version"],
+)
+def test_a_change_of_code_is_told_once_a_pause_and_shown(
+    run: Run, store: SnapshotStore, tmp_path: Path, old: str, new: str, error: str
+) -> None:
+    """Cron's mail has it when the run was tried, not every minute; `show` has it all the time."""
+
+    def crash(event: Event) -> None:
+        if event.type == "step_completed":
+            raise KeyboardInterrupt
+
+    durable = Durable(store, on_event=crash)
+    with pytest.raises(KeyboardInterrupt):
+        durable.run("a", durable.workflow(checkout), "ada")
+    assert old in FLOWS
+    (tmp_path / "flows.py").write_text(FLOWS.replace(old, new))
+
+    # The pause doubles with each try; the sixth is of 32 s, which no two commands take.
+    told = []
+    for _ in range(6):
+        store.save("a", without_its_pause(store, "a"))
+        told.append(run("resume", "flows:durable"))
+    assert {(done.returncode, error in done.stderr, done.stdout) for done in told} == {
+        (1, True, "")
+    }
+    silent = run("resume", "flows:durable")
+    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+    shown = run("show", "a").stdout
+    assert re.search(r"^state +retrying", shown, re.M)
+    assert re.search(rf"^error +{error}: ", shown, re.M)
+
+
+def without_its_pause(store: SnapshotStore, id: str) -> dict[str, Any]:
+    """What is stored of a run, without the time before which it is not due."""
+    document: dict[str, Any] = store.load(id).to_json()
+    document["metadata"].pop("wakeAt", None)
+    return document
 
 
 def test_resume_takes_ids_a_prefix_or_a_limit(
