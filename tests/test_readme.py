@@ -80,6 +80,8 @@ with store.lock("checkout:00000000-0000-0000-0000-000000000008"):
 import threading
 from concurrent.futures import TimeoutError
 
+from awaitly_postgres import WorkflowSuspended
+
 with pytest.MonkeyPatch.context() as monkeypatch:
     test_declined_card_is_charged_again_later(monkeypatch)
 
@@ -89,6 +91,71 @@ with pytest.raises(TimeoutError):
 gate.set()
 
 observe(Event("step_failed", "checkout", None, "charge-card", 0.5, ValueError("no")))
+
+
+class Span(trace.NonRecordingSpan):
+    def __init__(self, name):
+        super().__init__(trace.INVALID_SPAN_CONTEXT)
+        self.name, self.parent = name, getattr(trace.get_current_span(), "name", None)
+        self.errors, self.ended = [], False
+        made.append(self)
+
+    def record_exception(self, error, *_, **__):
+        self.errors.append(error)
+
+    def end(self, *_):
+        self.ended = True
+
+
+class tracer:
+    start_span = Span
+
+
+def nested(step):
+    step("outer", lambda: Workflow(inner, on_event=observe)())
+    with pytest.raises(LookupError):
+        step("fails", {}.__getitem__, "no")
+    step.wait("go")
+
+
+def inner(step):
+    step("inside", lambda: tracer.start_span("request").end())
+
+
+made = []
+with pytest.raises(WorkflowSuspended):
+    Workflow(nested, on_event=observe)()
+assert [(span.name, span.parent) for span in made] == [
+    ("nested", None),
+    ("outer", "nested"),
+    ("inner", "outer"),
+    ("inside", "inner"),
+    ("request", "inside"),
+    ("fails", "nested"),
+    ("go", "nested"),
+]
+assert all(span.ended for span in made)
+assert spans.open == []
+assert trace.get_current_span() is trace.INVALID_SPAN
+
+# A deploy changes the size of the batches while the import is going on.
+store._db.count(b"DELETE FROM imported WHERE row >= 200", {})
+durable.rewind("import-7", "from-200")
+BATCH = 20
+assert durable.resume("import-7") == 250
+assert store._db.rows(b"SELECT count(*)::int FROM imported", {}) == [(250,)]
+assert durable.get("import-7").step_count == 5
+
+# Several hosts, one report.
+def report_here(_):
+    return report_of(date(2026, 11, 23))
+
+mailed = []
+durable.on_event = lambda event: mailed.append(event.type)
+with ThreadPoolExecutor(4) as hosts:
+    found = set(hosts.map(report_here, range(8)))
+assert found - {None} == {"report of 2026-11-23: 10 rows"}
+assert mailed.count("step_completed") == 2
 """,
 }
 
