@@ -246,7 +246,7 @@ class _Trial:
     # -- called by the runs ----------------------------------------------------------------
 
     def pass_by(self, place: Place) -> None:
-        """Note the place in the whole run; die there in the run that is to."""
+        """Note the place in the whole run; crash there if this run is meant to."""
         with self.lock:
             if self.is_whole and place not in self.places:
                 self.places.append(place)

@@ -1,4 +1,4 @@
-"""When a run is due again, and in which order a worker takes up pending runs."""
+"""How long a failed run pauses, and in which order a worker takes up pending runs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """What runs on a connection: statements, retried through an outage, in tables made on first use.
 
 `Database` runs pieces of work on a connection of its pool, or on one of the caller's. On the pool
-it makes the tables first and retries what an outage interrupts. The caller's connection it uses as
-it is, and leaves unchanged. Nobody above meets the driver's errors: here they become ours.
+it creates the tables first and retries what an outage interrupts. The caller's connection is used
+as it is, and left unchanged. The driver's errors are translated here. Only those of a transaction
+that a step runs in pass through, since they are the user's own.
 """
 
 from __future__ import annotations
@@ -309,7 +310,7 @@ class Database:
 
 @define
 class Backoff:
-    """Pauses between tries: none after the first failure, then longer and out of step."""
+    """Pauses between tries: none after the first failure, then then exponential with jitter."""
 
     _give_up_at: float  # by the monotonic clock
     _delay: float = 0.0

@@ -140,7 +140,7 @@ class Pool(ABC):
     # -- trouble ---------------------------------------------------------------------------
 
     def purge(self) -> None:
-        """Close what is broken: one dead connection means that its sisters are dead too."""
+        """Close what is broken: one dead connection means that the others probably are too."""
         if self._pool is not None:
             with suppress(psycopg.Error):
                 self._pool.check()
@@ -167,7 +167,7 @@ class Pool(ABC):
     def _leave_to_the_parent(self) -> None:
         """In a forked child, let go of what the parent goes on using."""
         # A step that forks leaves the child inside its transaction, which it would roll back, on a
-        # connection that is shared. Its descriptor then leads to nowhere; the parent's is another.
+        # connection that is shared. Its descriptor is redirected to /dev/null; the parent's is another.
         for loan in list(self._loans):
             with suppress(OSError, psycopg.Error):
                 if loan.conn is not None:
@@ -333,7 +333,7 @@ class Loan:
             _let_go(error)
             raise
         if closed:
-            # Replaced already. The pool leaves its mark on it, and by that it would pass for lost.
+            # Replaced already. The pool leaves ``_pool`` set, so __del__ would take it for lost.
             conn._pool = None
         self.conn = None  # last: on its way it is still ours, in a forked child too
 
@@ -354,9 +354,9 @@ class _OwnConnection(psycopg.Connection[Any]):
         # One that went back has no ``_pool``, one that the pool has discarded is closed besides.
         lost = getattr(self, "pgconn", None) and (self._pool is pool or not self.closed)
         if pool and not pool.closed and lost:
-            # In another thread: this one may be anywhere, the pool's own locks included. And by one
-            # call, for an exception that strikes here is swallowed, and the connection lost.
-            try:  # noqa: SIM105 - which is Python's code, to be struck in
+            # In another thread: this one may be anywhere, the pool's own locks included. And in one
+            # call: Python swallows exceptions raised in __del__, and the connection would be lost.
+            try:  # noqa: SIM105 - suppress() could itself be interrupted
                 _thread.start_new_thread(self._replace, (pool,))
             except RuntimeError:  # at the end of the process
                 pass

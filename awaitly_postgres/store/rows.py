@@ -1,7 +1,7 @@
 """What the tables hold, as values: runs and their steps, where they stand, and text to show.
 
-The command line and the admin speak of runs in these words only. What a run's state is, and when
-it is due, is decided here and nowhere else.
+The command line and the admin describe runs in these words only. The state itself is computed by
+``fragment: state`` in queries.sql.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _FEW = 10  # first, last, longest and failed steps that are shown of many
 
 @frozen
 class SnapshotInfo:
-    """One line of a listing. ``updated_at`` is aware; between rewrites of a long run it stands."""
+    """One line of a listing. ``updated_at`` is aware, and that of the last rewrite of a long run."""
 
     id: str
     status: str
@@ -163,7 +163,7 @@ class RunInfo:
     ``attempts`` counts the starts since it last got further. ``metadata`` is what the user gave.
     ``maps`` says how far each `Step.map` has got: items completed, and items in all, by its key; a
     listing has only those of runs that have not completed.
-    `Durable.get` tells the ``input`` (JSON as stored), the ``result``, the ``error`` (the
+    `Durable.get` also fills in the ``input`` (JSON as stored), the ``result``, the ``error`` (the
     exception, rebuilt), its ``traceback``, the JSON ``cause`` that both are made of, and the
     ``steps`` as well; a listing does not read them.
     """
@@ -299,7 +299,7 @@ def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
 
 
 def reasons(failure: object) -> tuple[str, ...]:
-    """Tell a recorded failure and what caused it, one line each, nearest first."""
+    """Describe a recorded failure and its causes, one line each, nearest first."""
     told = []
     while isinstance(failure, Mapping):
         name = failure.get("name") or failure.get("originalType")

@@ -179,7 +179,7 @@ class SnapshotStore:
     def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunInfos:
         """Tell where these runs stand, in this order, without reading their values.
 
-        What is not stored is left out. An id that could not be stored is none, and no error: a
+        What is not stored is left out. An id that is not valid is not found, and is no error: a
         listing shows whatever the table holds.
         """
         keys = [self.prefix + id for id in ids]
@@ -305,7 +305,7 @@ class SnapshotStore:
             if os.getpid() == holder:  # a child forked inside the block leaves it as well
                 held.release()
         except BaseException:
-            # Of the block; or out of a signal handler, and then anywhere here. It matters more than
+            # Raised by the block, or by a signal handler at any point above. It matters more than
             # what the release may raise, which may be a second one.
             if held is not None:
                 renewal.stop_renewing(held)
@@ -357,7 +357,7 @@ class SnapshotStore:
         if prefix:
             check_id(prefix, "prefix")
         low, high = prefix_bounds(full) if full else ("", None)
-        # An id is not empty: what has the bare prefix of the store is none of its own.
+        # An id is never empty: a row whose id is the bare prefix does not belong to this store.
         return {"low" if prefix else "above": low, "high": high}
 
     def _infos(

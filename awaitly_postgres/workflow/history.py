@@ -210,7 +210,7 @@ class History:
         return step
 
     def forget(self, key: str) -> None:
-        """Remove a step whose transaction was rolled back."""
+        """Remove a step that was entered but not stored."""
         self.steps.pop(key, None)
 
     def end_of_sleep(self, key: str, otherwise: str) -> str:

@@ -125,7 +125,7 @@ class Run(Asking):
     def sleep(self, key: str, until: Callable[[datetime], datetime]) -> Any:
         """Return if the time of ``key`` has come, else suspend the run.
 
-        ``until`` is asked when it will come, given the time now.
+        ``until`` maps the time now to the time to wait for.
         """
         recorded = self._ask(key)
         if recorded is not None:
@@ -259,7 +259,7 @@ class Run(Asking):
         if self._unrecorded == key:
             self._unrecorded = None
 
-    # Another thread may enter a step, the one that records it: so these are told whose it is.
+    # Another thread may enter a step, the one that records it, so ``own`` is passed in.
 
     def _enter(self, key: str, value: str, timing: Timing, own: bool) -> str:
         with self._lock:

@@ -82,8 +82,8 @@ class Step:
             fn: called with one item. It may be called in several threads at once.
             items: the items; the same ones whenever the run is resumed. They are not recorded.
             workers: how many threads work at once, at most.
-            name: tells the name of an item in its step's key, each its own; None numbers them from
-                0. With names, the order of the items may change.
+            name: returns a unique name for an item, used in the key of its step; None numbers them
+                from 0. With names, the order of the items may change.
 
         Returns:
             The results in the order of the items, each as ``step(key, fn, item)`` returns it.
