@@ -167,7 +167,8 @@ class Pool(ABC):
     def _leave_to_the_parent(self) -> None:
         """In a forked child, let go of what the parent goes on using."""
         # A step that forks leaves the child inside its transaction, which it would roll back, on a
-        # connection that is shared. Its descriptor is redirected to /dev/null; the parent's is another.
+        # connection that is shared. Its descriptor is redirected to /dev/null; the parent has its
+        # own.
         for loan in list(self._loans):
             with suppress(OSError, psycopg.Error):
                 if loan.conn is not None:

@@ -55,7 +55,7 @@ _FEW = 10  # first, last, longest and failed steps that are shown of many
 
 @frozen
 class SnapshotInfo:
-    """One line of a listing. ``updated_at`` is aware, and that of the last rewrite of a long run."""
+    """One line of a listing. ``updated_at`` is aware; for a long run, that of its last rewrite."""
 
     id: str
     status: str
