@@ -61,8 +61,8 @@ def postgres(
         raise ValueError(f"retry_for must not be negative, is {retry_for!r}")
     if lock_table in (table, f"{table}_steps"):
         raise ValueError(
-            f"lock_table is {lock_table!r}, the table of the snapshots or of their journal; it needs "
-            "a table of its own"
+            f"lock_table is {lock_table!r}, the table of the snapshots or of their journal; "
+            "the leases need one of their own"
         )
     sql = compose(
         check_name(table, "table"),
