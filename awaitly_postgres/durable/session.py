@@ -99,6 +99,7 @@ class Session:
         Raises:
             WorkflowConflict: the id belongs to another workflow or input.
         """
+        conn = self._db.joined(conn)
         now = datetime.now(timezone.utc).isoformat()
         document = self._document("running", submitted_at=now)
         params = {"id": self._key, "snapshot": document, "pause": self.options._delay}

@@ -98,6 +98,10 @@ class Database:
                 if not _is_transient(error) or not backoff.pause():
                     raise self._translate(error) from error
 
+    def joined(self, conn: Connection | None) -> Connection | None:
+        """Return ``conn``, or where there is none the connection of the caller's transaction."""
+        return self.pool.of_the_caller() if conn is None else conn
+
     def refuse_to_run_here(self) -> None:
         """Raise where a run would outlive what the caller is about to roll back."""
         self.pool.refuse_to_run_here()
@@ -242,6 +246,7 @@ class Database:
     def _run_on(self, conn: Connection, work: Callable[[Connection], T]) -> T:
         if not isinstance(conn, psycopg.Connection):
             raise WrongType(f"conn must be a psycopg.Connection, not {type(conn).__name__}")
+        self.pool.refuse_foreign(conn)
         try:
             if self._auto_create and not self._tables_seen:
                 # Tables that this very transaction has made may yet be rolled back.

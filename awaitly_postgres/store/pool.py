@@ -70,6 +70,13 @@ class Pool(ABC):
     def refuse_to_run_here(self) -> None:  # noqa: B027 - most lend anywhere
         """Raise where a run would outlive what the caller is about to roll back."""
 
+    def refuse_foreign(self, conn: Connection) -> None:  # noqa: B027 - most cannot tell
+        """Raise if the caller's ``conn`` is known to lead to another database than the pool."""
+
+    def of_the_caller(self) -> Connection | None:
+        """Return the connection on which the caller has opened a transaction, if that is known."""
+        return None
+
     def close(self) -> None:
         """Lend nothing any more."""
         self._closed = True
@@ -223,7 +230,7 @@ class OwnPool(Pool):
                 set_up_prepared_statements(conn)
             conn.home = home  # last: one that cannot be set up, the pool replaces by itself
 
-        pool: ConnectionPool[Any] = ConnectionPool(
+        pool: ConnectionPool[Any] = self._kind()(
             conninfo,
             kwargs=kwargs,
             connection_class=_OwnConnection,
@@ -236,6 +243,9 @@ class OwnPool(Pool):
         )
         pool.open(wait=False)
         return pool
+
+    def _kind(self) -> type[ConnectionPool[Any]]:
+        return ConnectionPool
 
     def close(self) -> None:
         """Close the pool, once."""

@@ -23,11 +23,12 @@ from typing import Any, cast
 import attrs
 import django.db
 import psycopg
+from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db import transaction as transactions
 from psycopg.conninfo import make_conninfo
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, NullConnectionPool
 
 from ...store.database import Connection
 from ...store.pool import OwnPool
@@ -123,6 +124,7 @@ class _DjangoPool(OwnPool):
     """Django's own pool if its settings ask for one, else a pool made from them, on first use."""
 
     using: str = attrs.field(kw_only=True)
+    _made_for: tuple[Any, ...] = attrs.field(default=(), init=False)
 
     def refuse_to_run_here(self) -> None:
         """Raise inside a transaction of Django's: its rollback would undo what the steps wrote."""
@@ -136,13 +138,49 @@ class _DjangoPool(OwnPool):
                     "it in a TransactionTestCase."
                 )
 
+    def refuse_foreign(self, conn: Connection) -> None:
+        """Raise if ``conn`` is Django's, of another database: nothing would be found there."""
+        for wrapper in connections.all(initialized_only=True):
+            if wrapper.connection is conn and _place(wrapper.alias) != _place(self.using):
+                raise ValueError(
+                    f"this connection is to DATABASES[{wrapper.alias!r}], and the store is on "
+                    f"{self.using!r}: pass connection({self.using!r}), or for step.transaction "
+                    f"Durable(store({self.using!r}), transaction=lambda: atomic({self.using!r}))"
+                )
+
+    def of_the_caller(self) -> Connection | None:
+        """Return Django's connection inside ``transaction.atomic()``, else None."""
+        return connection(self.using) if connections[self.using].in_atomic_block else None
+
     def _open(self) -> ConnectionPool[Any]:
         pool = getattr(connections[self.using], "pool", None)
-        if pool is None:
-            return super()._open()
-        pool.open()  # does nothing if it is open; Django may have made a new one since
-        self._pool = pool
-        return self._pool
+        if pool is not None:
+            pool.open()  # does nothing if it is open; Django may have made a new one since
+            self._pool = pool
+            return self._pool
+        made_for = (*_place(self.using), _in_tests())
+        if made_for != self._made_for and self._finalizer is not None:
+            # Something used the store before the tests began, on the database outside of the tests.
+            self._finalizer()
+            self._pool = None
+        self._made_for = made_for
+        return super()._open()
+
+    def _kind(self) -> type[ConnectionPool[Any]]:
+        # A database with an idle connection cannot be dropped at the end of the tests, and Django
+        # tells nobody when that is. So in tests each connection is closed as it is given back.
+        return NullConnectionPool if _in_tests() else ConnectionPool
+
+
+def _place(using: str) -> tuple[Any, ...]:
+    """Return what distinguishes one database in Django's settings from another."""
+    settings = connections.settings[using]
+    return tuple(settings.get(name) for name in ("HOST", "PORT", "NAME"))
+
+
+def _in_tests() -> bool:
+    """Tell whether Django's test environment is set up, which has this attribute."""
+    return hasattr(mail, "outbox")
 
 
 def _conninfo(using: str) -> str:
