@@ -16,6 +16,7 @@ tables, ``resume_workflows`` resumes pending runs, and the admin shows all runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -119,6 +120,18 @@ def atomic(using: str = "default") -> Iterator[Connection]:
         raise error.__cause__ from error
 
 
+def open_transaction(using: str) -> Connection | None:
+    """Return Django's connection if this thread has a transaction open on it, else None."""
+    wrapper = connections[using]
+    return None if wrapper.connection is None or wrapper.get_autocommit() else wrapper.connection
+
+
+@functools.cache
+def shared_store(using: str) -> SnapshotStore:
+    """Return the store that the admin and the tasks share, so that they share a pool."""
+    return store(using)
+
+
 @attrs.define(eq=False)
 class _DjangoPool(OwnPool):
     """Django's own pool if its settings ask for one, else a pool made from them, on first use."""
@@ -150,7 +163,7 @@ class _DjangoPool(OwnPool):
 
     def of_the_caller(self) -> Connection | None:
         """Return Django's connection inside ``transaction.atomic()``, else None."""
-        return connection(self.using) if connections[self.using].in_atomic_block else None
+        return open_transaction(self.using)
 
     def _open(self) -> ConnectionPool[Any]:
         pool = getattr(connections[self.using], "pool", None)
