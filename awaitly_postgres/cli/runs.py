@@ -35,6 +35,13 @@ _ANY = 10**9  # runs
     type=click.FloatRange(0.1),
     help="keep going, with a pause this long between passes",
 )
+@click.option(
+    "--workers",
+    metavar="N",
+    type=click.IntRange(1),
+    default=1,
+    help="run up to this many at once (1)",
+)
 @click.option("--verbose", is_flag=True, help="a line for each workflow, tracebacks of failures")
 @click.pass_context
 def resume(
@@ -45,6 +52,7 @@ def resume(
     prefix: str,
     limit: int | None,
     loop: float | None,
+    workers: int,
     verbose: bool,
 ) -> None:
     """Finish pending workflows, or those given.
@@ -56,17 +64,17 @@ def resume(
 
     \b
     Cron:    awaitly-postgres resume shop.workflows:durable
-    Worker:  awaitly-postgres resume shop.workflows:durable --loop 5
+    Worker:  awaitly-postgres resume shop.workflows:durable --loop 5 --workers 8
 
-    Exits with 1 if any failed. SIGINT and SIGTERM stop it after the current workflow, a second
-    one stops it at once; a worker that is stopped exits with 0.
+    Exits with 1 if any failed. SIGINT and SIGTERM stop it after the current workflows, a
+    second one stops it at once; a worker that is stopped exits with 0.
     """
-    if ids and (loop or limit or prefix):
-        raise click.UsageError("give either ids, or --prefix, --limit and --loop")
+    if ids and (loop or limit or prefix or workers > 1):
+        raise click.UsageError("give either ids, or --prefix, --limit, --workers and --loop")
     ping(durable.store)
     if ids:
         stored(durable.store, ids)
-    worker = Worker(durable, verbose)
+    worker = Worker(durable, verbose, workers)
     try:
         with worker.listening():
             if loop:

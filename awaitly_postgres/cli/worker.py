@@ -51,10 +51,11 @@ def import_durable(target: str) -> Durable:
 
 @define
 class Worker:
-    """Resumes workflows and reports each. After a signal it stops before the next one."""
+    """Resumes workflows and reports each. After a signal it starts no more of them."""
 
     durable: Durable
     verbose: bool = False
+    workers: int = 1
     counts: Counter[str] = field(factory=Counter)
     stopped_by: int = 0
     _asleep: bool = False
@@ -107,13 +108,16 @@ class Worker:
             nonlocal started
             now = time.monotonic()
             self.counts[outcome.status] += 1
-            show(outcome, _lines(outcome, now - started, self.verbose))
+            seconds = now - started if self.workers == 1 else None
+            show(outcome, _lines(outcome, seconds, self.verbose))
             started = now
             if self.stopped_by:
                 raise Stopped
 
         if not ids:
-            self.durable.resume_pending(prefix=prefix, limit=limit, on_progress=report)
+            self.durable.resume_pending(
+                prefix=prefix, limit=limit, workers=self.workers, on_progress=report
+            )
         for id in ids:
             report(self.durable.try_resume(id))
 
@@ -146,10 +150,10 @@ class Worker:
                 signal.signal(signum, handler)
 
 
-def _lines(outcome: Outcome, seconds: float, verbose: bool) -> list[Line]:
+def _lines(outcome: Outcome, seconds: float | None, verbose: bool) -> list[Line]:
     """Say what came of a run in one line, or in more if its error has more."""
     line: Line = [(f"{outcome.status:<9}", outcome.status), (f"  {printable(outcome.id)}", "")]
-    line += [(f"  {span(seconds)}", "dim")]
+    line += [] if seconds is None else [(f"  {span(seconds)}", "dim")]
     error = outcome.error
     if error is None:
         return [line]

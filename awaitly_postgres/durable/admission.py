@@ -15,7 +15,6 @@ from ..errors import (
     AlreadyRunning,
     AwaitlyError,
     WorkflowCancelled,
-    WorkflowConflict,
     WorkflowError,
 )
 from ..snapshot import WorkflowSnapshot
@@ -23,7 +22,7 @@ from ..store import lease as leases
 from ..store import renewal
 from ..store.database import Database, Row, fetch
 from ..store.lease import Lease
-from ..store.rows import decode_snapshot, is_input
+from ..store.rows import decode_snapshot
 from ..store.statements import Statements
 from ..workflow import failure
 from .checkpoints import Checkpoints
@@ -244,24 +243,11 @@ class Admission:
             WorkflowConflict: what is stored belongs to another workflow or input.
             WorkflowCancelled: the run was cancelled.
         """
-        self.check_identity(stored)
         metadata = stored.metadata or {}
+        self.entry.check_identity(self.id, metadata, self.input)
         if "cancelledAt" in metadata:
             raise WorkflowCancelled(self.id)
         return stored.execution.status == "completed" and "output" in metadata
-
-    def check_identity(self, stored: WorkflowSnapshot) -> None:
-        """Raise `WorkflowConflict` if what is stored belongs to another workflow or input."""
-        metadata = stored.metadata or {}
-        name = metadata.get("workflow", self.entry.name)
-        if name != self.entry.name:
-            raise WorkflowConflict(self.id, "workflow", repr(name), repr(self.entry.name))
-        # An input of another shape was written by Node; there is nothing to compare it with.
-        if is_input(metadata.get("input")):
-            theirs = _json.canonical(_json.dumps(metadata["input"]))
-            ours = _json.canonical(self.input)
-            if theirs != ours:
-                raise WorkflowConflict(self.id, "input", _brief(theirs), _brief(ours))
 
     def release(self) -> None:
         """Release the lease if we may hold it; if the database cannot be reached, it expires.
@@ -310,7 +296,3 @@ def _starts_of(found: Found) -> int:
 
 def _has_success(journal: str) -> bool:
     return any(step.get("ok") is True for step in _json.loads(journal).values())
-
-
-def _brief(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
@@ -17,8 +17,6 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 from attrs import define
 
 from .._checks import check_moment, check_seconds
-from ..errors import WorkflowNotFound
-from ..store.database import Connection
 from ..workflow.codec import encode
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
@@ -31,6 +29,7 @@ from .resuming import Resuming
 from .rewinding import Rewinding
 from .session import Session
 from .steering import Steering
+from .submitting import Submitting
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,7 +37,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @define(eq=False, slots=False)
-class Durable(Resuming, Looking, Steering, Rewinding, Checking):
+class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
     """Runs workflows whose recorded steps survive the process, one process at a time per id.
 
     Args:
@@ -201,48 +200,6 @@ class Durable(Resuming, Looking, Steering, Rewinding, Checking):
             raise TypeError(
                 "run() starts at once; with_options(delay=...) and (at=...) are for submit()"
             )
-        session = self._session_for(id, self._workflows.of(fn), args, kwargs)
-        return typing.cast(T, session.start())
-
-    def submit(
-        self,
-        id: str,
-        fn: Callable[..., Any],
-        /,
-        *args: Any,
-        conn: Connection | None = None,
-        **kwargs: Any,
-    ) -> bool:
-        """Accept a run without starting it; `resume_pending` starts it.
-
-        Args:
-            id: the id of the run; at most 1,000 bytes with the store's prefix.
-            fn: the workflow function; it must be registered.
-            args: its arguments.
-            conn: a psycopg connection; the run is stored in its transaction, with whatever else
-                that commits. Default: a connection and a commit of its own.
-            kwargs: its keyword arguments.
-
-        Returns:
-            True if the run is new, False if the same run already exists.
-
-        Raises:
-            WorkflowConflict: the id belongs to another workflow or input.
-            WorkflowNotFound: ``fn`` is not registered, so nothing could resume it.
-            TypeError: ``fn`` does not take these arguments.
-        """
         entry = self._workflows.of(fn)
-        session = self._session_for(id, entry, args, kwargs)
-        if entry not in self._workflows.values():
-            raise WorkflowNotFound(id, entry.name)
-        return session.submit(conn)
-
-    def _session_for(
-        self, id: str, entry: Entry, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> Session:
-        """Return a session for this call; raise TypeError if ``fn`` could not be called with it."""
-        entry.check_call(args, kwargs)
-        return Session(self, id, entry, self._input(args, kwargs))
-
-    def _input(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-        return encode(self.codec, {"args": list(args), "kwargs": dict(kwargs)}, "the input")
+        session = Session(self, id, entry, entry.encode_call(self.codec, args, kwargs))
+        return typing.cast(T, session.start())

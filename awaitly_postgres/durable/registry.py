@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 from attrs import evolve, frozen
 
-from ..errors import VersionMismatch
+from .. import _json
+from ..errors import VersionMismatch, WorkflowConflict
 from ..snapshot import WorkflowSnapshot
+from ..store.rows import is_input
+from ..workflow.codec import Codec, encode
 from ..workflow.workflow import name_of, stored_version
 from .pending import Backoff
 
@@ -37,10 +40,35 @@ class Entry:
         own = self.max_attempts
         return default if isinstance(own, EllipsisType) else own
 
+    def encode_call(
+        self, codec: Codec | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> str:
+        """Return the arguments as JSON text; raise TypeError if the function does not take them."""
+        self.check_call(args, kwargs)
+        return encode(codec, {"args": list(args), "kwargs": dict(kwargs)}, "the input")
+
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:
             signature.bind(None, *args, **kwargs)  # None stands for the step
+
+    def check_identity(self, id: str, metadata: Mapping[str, Any], input: str) -> None:
+        """Raise `WorkflowConflict` if what is stored belongs to another workflow or input.
+
+        Args:
+            id: the id of the run.
+            metadata: those of the stored snapshot.
+            input: what the run is asked for with, as JSON text.
+        """
+        name = metadata.get("workflow", self.name)
+        if name != self.name:
+            raise WorkflowConflict(id, "workflow", repr(name), repr(self.name))
+        # An input of another shape was written by Node; there is nothing to compare it with.
+        if is_input(metadata.get("input")):
+            theirs = _json.canonical(_json.dumps(metadata["input"]))
+            ours = _json.canonical(input)
+            if theirs != ours:
+                raise WorkflowConflict(id, "input", _brief(theirs), _brief(ours))
 
     def check_version(self, id: str, stored: WorkflowSnapshot) -> None:
         """Raise `VersionMismatch` if ``stored`` has another version, which is an error here."""
@@ -89,6 +117,10 @@ class Registry(dict[str, Entry]):
             if entry.fn == fn:  # not `is`: each access to a bound method makes a new object
                 return entry
         return Entry(name_of(fn), fn)
+
+
+def _brief(text: str, most: int = 200) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 @functools.lru_cache(maxsize=256)

@@ -26,6 +26,7 @@ from .admission import Found, NoStartsLeft, TouchedMeanwhile
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
+from .workers import Pass, Workers
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
 _REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError, NoStartsLeft)  # no new step ran
@@ -69,6 +70,7 @@ class Resuming(Options):
         *,
         prefix: str = "",
         limit: int = 100,
+        workers: int = 1,
         on_progress: Callable[[Outcome], object] | None = None,
     ) -> list[Outcome]:
         """Resume the runs that are unfinished and due: submitted, crashed, failed, done sleeping.
@@ -83,30 +85,27 @@ class Resuming(Options):
             limit: start at most this many runs. Those skipped, given up, or refused because the
                 code has changed, do not count: otherwise they could keep the others from ever
                 starting.
-            on_progress: called with each `Outcome` as it comes.
+            workers: run up to this many at once, in threads, with the context variables of the
+                caller. The store's own pool grows to one connection for each, and one more.
+            on_progress: called in the caller's thread with each `Outcome` as it comes. If it
+                raises, nothing more is started; the runs in progress end first, and are reported.
 
         Returns:
             one `Outcome` for each run tried. A run that fails does not stop the others.
 
         Raises:
             StoreUnavailable: the database was away for longer than the store retries.
+            KeyboardInterrupt: at once. Workers in threads are abandoned: their runs record nothing
+                more and can be taken over, while the code of their current steps still runs.
         """
         check_limit(limit)
+        pool = self.store._db.pool
+        if check_limit(workers, "workers") > 1:
+            pool.make_room(workers + 1)  # one is for this thread
         names = list(self._workflows)
         queue = Queue(lambda behind, length: self._pending(prefix, length, names, behind))
-        outcomes: list[Outcome] = []
-        ran = 0
-        for info in queue:
-            outcome = self._attempt(info.id, info.updated_at)
-            outcomes.append(outcome)
-            if on_progress is not None:
-                on_progress(outcome)
-            if outcome.status == "skipped":
-                queue.somebody_was_faster()
-            ran += outcome.status != "skipped" and not isinstance(outcome.error, _REFUSALS)
-            if ran == limit:
-                break
-        return outcomes
+        crew = Workers(self._attempt_pending, workers, pool.leave_thread)
+        return Pass(queue, crew, limit, on_progress, _counts).run()
 
     def list_pending(self, prefix: str = "", limit: int = 100) -> Infos:
         """List the runs that `resume_pending` would start now, least recently updated first.
@@ -159,11 +158,21 @@ class Resuming(Options):
             after=behind,
         )
 
-    def _attempt(self, id: str, seen: datetime | None = None) -> Outcome:
-        """Resume ``id``, unless it was written since it was ``seen`` as pending."""
+    def _attempt_pending(self, info: SnapshotInfo, sessions: set[Session]) -> Outcome:
+        return self._attempt(info.id, info.updated_at, sessions)
+
+    def _attempt(
+        self, id: str, seen: datetime | None = None, sessions: set[Session] | None = None
+    ) -> Outcome:
+        """Resume ``id``, unless it was written since it was ``seen`` as pending.
+
+        Meanwhile its session is among the ``sessions``.
+        """
         session: Session | None = None
+        sessions = set() if sessions is None else sessions
         try:
             session, found = self._resumable(id, seen)
+            sessions.add(session)
             result = session.start(found, as_it_was=seen is not None)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
@@ -180,7 +189,14 @@ class Resuming(Options):
                     return Outcome(id, "skipped", None, error, attempts)
             retry_at = self._retry_at(id) if session and not session.gave_up else None
             return Outcome(id, "failed", None, error, attempts, retry_at)
+        finally:
+            if session is not None:
+                sessions.discard(session)
 
     def _retry_at(self, id: str) -> datetime | None:
         rows = self.store._db.rows(self.store._sql.retry_at, {"id": self.store.key(id)})
         return read_time(rows[0][0]) if rows else None
+
+
+def _counts(outcome: Outcome) -> bool:
+    return outcome.status != "skipped" and not isinstance(outcome.error, _REFUSALS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from datetime import datetime, timezone
 from typing import Any
 
 from attrs import define, evolve, field
@@ -20,11 +19,10 @@ from ..errors import (
     WorkflowDrift,
     WorkflowSuspended,
 )
-from ..snapshot import Status, WorkflowSnapshot, as_mapping, compose, timestamp
+from ..snapshot import Status, WorkflowSnapshot, as_mapping, compose
 from ..store import lease as leases
 from ..store import renewal
-from ..store.database import Connection, Database, fetch
-from ..store.statements import Statements
+from ..store.database import Database
 from ..workflow import failure as _failure
 from ..workflow.codec import decode, decode_input, encode
 from ..workflow.event import EventType
@@ -93,33 +91,6 @@ class Session:
 
     # -- beginning -------------------------------------------------------------------------
 
-    def submit(self, conn: Connection | None) -> bool:
-        """Store the input for a later run; return whether this call stored it.
-
-        Raises:
-            WorkflowConflict: the id belongs to another workflow or input.
-        """
-        conn = self._db.joined(conn)
-        now = datetime.now(timezone.utc).isoformat()
-        document = self._document("running", submitted_at=now)
-        params = {"id": self._key, "snapshot": document, "pause": self.options._delay}
-        tries = 0
-
-        def create(conn: Connection) -> bool:
-            nonlocal tries
-            tries += 1
-            return bool(fetch(conn, self._sql.create, params))
-
-        if self._db.run(create, conn):
-            return True
-        stored = self.options.store.load(self.id, conn=conn)
-        if stored is None:
-            return False
-        self._admission.check_identity(stored)
-        # Found after a retry, it may be what the first try stored, if only the reply was lost: then
-        # it bears the time of this very call.
-        return tries > 1 and (stored.metadata or {}).get("submittedAt") == now
-
     def start(self, found: Found | None = None, *, as_it_was: bool = False) -> Any:
         """Run to an end and return the result, or return the recorded output.
 
@@ -141,6 +112,14 @@ class Session:
         finally:
             # Whatever exception has struck, and wherever: release the lease if it is still held.
             self._admission.release()
+
+    def refuse_further_steps(self) -> None:
+        """Stop this start from another thread, as Ctrl-C would: it begins no step from here on."""
+        self._run._stop(KeyboardInterrupt())
+
+    def release(self) -> None:
+        """Release the lease, so that nothing more can be recorded."""
+        self._admission.release()
 
     def _restore(self, stored: WorkflowSnapshot) -> None:
         """Take over the recorded steps, migrated to this version if need be.
@@ -254,7 +233,6 @@ class Session:
         output: str | None = None,
         failure: Exception | None = None,
         suspended: bool = False,
-        submitted_at: str | None = None,
     ) -> str:
         """Compose the whole snapshot as it stands now, from the JSON texts of its steps."""
         history = self._run.history
@@ -268,10 +246,6 @@ class Session:
             metadata |= history.standing(suspended)
         if given := {**self._given_before(), **self.options.metadata}:
             metadata["custom"] = given
-        if submitted_at is not None:
-            metadata["submittedAt"] = submitted_at
-            if self.options._at is not None:
-                metadata["wakeAt"] = timestamp(self.options._at)
         if failure is not None:
             metadata["failure"] = _failure.run_to_json(failure)
         if suspended:
@@ -303,11 +277,3 @@ class Session:
     @property
     def _db(self) -> Database:
         return self.options.store._db
-
-    @property
-    def _sql(self) -> Statements:
-        return self.options.store._db.sql
-
-    @property
-    def _key(self) -> str:
-        return self._checkpoints.key

@@ -13,8 +13,11 @@ from selectors import EVENT_READ, DefaultSelector
 from typing import Any
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
+
+from ..errors import StoreError
 
 Connection = psycopg.Connection[Any]
 Row = tuple[Any, ...]
@@ -63,6 +66,26 @@ def execute(
     cursor = psycopg.Cursor(conn, row_factory=tuple_row)
     cursor.execute(statement, params, prepare=prepare)
     return cursor.rowcount
+
+
+def parse_conninfo(conninfo: str) -> dict[str, Any]:
+    """Take a connection string apart; no error repeats it, and with it the password."""
+    try:
+        known = conninfo_to_dict(conninfo)
+    except psycopg.Error:
+        known = None
+    # Left unescaped, an @ or / of the password makes its rest pass for the host or the port.
+    if (
+        known is None
+        or any(host.find("@") > 0 for host in str(known.get("host", "")).split(","))
+        or not set(str(known.get("port", ""))) <= set("0123456789,")
+    ):
+        raise StoreError(
+            "the connection string is malformed; expected "
+            "'postgresql://user:password@host:port/dbname', special characters of the password "
+            "percent-encoded, or 'host=... dbname=...'"
+        )
+    return known
 
 
 # -- stopping --------------------------------------------------------------------------------

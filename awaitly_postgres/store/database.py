@@ -99,8 +99,8 @@ class Database:
                     raise self._translate(error) from error
 
     def joined(self, conn: Connection | None) -> Connection | None:
-        """Return ``conn``, or where there is none the connection of the caller's transaction."""
-        return self.pool.of_the_caller() if conn is None else conn
+        """Return where to run what may be part of the caller's transaction; see `Pool.joined`."""
+        return self.pool.joined(conn)
 
     def refuse_to_run_here(self) -> None:
         """Raise where a run would outlive what the caller is about to roll back."""
@@ -246,7 +246,7 @@ class Database:
     def _run_on(self, conn: Connection, work: Callable[[Connection], T]) -> T:
         if not isinstance(conn, psycopg.Connection):
             raise WrongType(f"conn must be a psycopg.Connection, not {type(conn).__name__}")
-        self.pool.refuse_foreign(conn)
+        self.pool.joined(conn)  # or refused
         try:
             if self._auto_create and not self._tables_seen:
                 # Tables that this very transaction has made may yet be rolled back.

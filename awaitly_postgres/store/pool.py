@@ -8,6 +8,7 @@ translate, and catches them only where a connection is given up anyway.
 from __future__ import annotations
 
 import _thread
+import logging
 import os
 import weakref
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from ..errors import StoreError
 from .connection import (
     Connection,
     is_clean,
+    parse_conninfo,
     set_own_default_level,
     set_read_committed,
     set_up_prepared_statements,
@@ -34,6 +36,8 @@ from .connection import (
 )
 
 T = TypeVar("T")
+
+_log = logging.getLogger("awaitly_postgres")
 
 CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
 PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
@@ -48,6 +52,7 @@ class Pool(ABC):
     _pool: ConnectionPool[Any] | None = field(default=None, init=False, repr=False)
     _closed: bool = field(default=False, init=False)
     _inherited: bool = field(default=False, init=False)
+    _is_known_to_be_small: bool = field(default=False, init=False)
     _loans: weakref.WeakSet[Loan] = field(factory=weakref.WeakSet, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -70,12 +75,28 @@ class Pool(ABC):
     def refuse_to_run_here(self) -> None:  # noqa: B027 - most lend anywhere
         """Raise where a run would outlive what the caller is about to roll back."""
 
-    def refuse_foreign(self, conn: Connection) -> None:  # noqa: B027 - most cannot tell
-        """Raise if the caller's ``conn`` is known to lead to another database than the pool."""
+    def leave_thread(self) -> None:  # noqa: B027 - most keep nothing for a thread
+        """Let go of what is kept for the current thread, which is about to end."""
 
-    def of_the_caller(self) -> Connection | None:
-        """Return the connection on which the caller has opened a transaction, if that is known."""
-        return None
+    def make_room(self, count: int) -> None:
+        """See to it that so many threads can have a connection, or say once what to change."""
+        most = self.opened().max_size
+        if 0 < most < count and not self._is_known_to_be_small:
+            self._is_known_to_be_small = True
+            _log.warning(
+                "the pool has at most %d connections, and %d threads are to share it: they may "
+                "wait for each other. Raise its max_size.",
+                most,
+                count,
+            )
+
+    def joined(self, conn: Connection | None) -> Connection | None:
+        """Return where to run what may be part of the caller's transaction: ``conn``, if given.
+
+        A pool that knows the caller's transactions refuses one of another database, and finds the
+        one to join where none is given. None: on the pool.
+        """
+        return conn
 
     def close(self) -> None:
         """Lend nothing any more."""
@@ -136,7 +157,7 @@ class Pool(ABC):
         pool = self._pool
         if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
             return
-        _parse(pool.conninfo)
+        parse_conninfo(pool.conninfo)
         kwargs = {"connect_timeout": CONNECT_TIMEOUT, **(pool.kwargs or {})}
         psycopg.connect(pool.conninfo, **kwargs).close()
 
@@ -210,9 +231,9 @@ class OwnPool(Pool):
             self._finalizer = weakref.finalize(self, _close_pool, self._pool, os.getpid())
         return self._pool
 
-    def _make(self) -> ConnectionPool[Any]:
+    def _make(self, kind: type[ConnectionPool[Any]] = ConnectionPool) -> ConnectionPool[Any]:
         conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
-        known = _parse(conninfo)
+        known = parse_conninfo(conninfo)
         defaults = {
             "connect_timeout": CONNECT_TIMEOUT,
             "tcp_user_timeout": _SILENCE * 1000,  # ms: a network that swallows everything
@@ -230,7 +251,7 @@ class OwnPool(Pool):
                 set_up_prepared_statements(conn)
             conn.home = home  # last: one that cannot be set up, the pool replaces by itself
 
-        pool: ConnectionPool[Any] = self._kind()(
+        pool: ConnectionPool[Any] = kind(
             conninfo,
             kwargs=kwargs,
             connection_class=_OwnConnection,
@@ -244,8 +265,13 @@ class OwnPool(Pool):
         pool.open(wait=False)
         return pool
 
-    def _kind(self) -> type[ConnectionPool[Any]]:
-        return ConnectionPool
+    def make_room(self, count: int) -> None:
+        """Let the pool grow to so many connections; with ``_min_size`` it shrinks again."""
+        with self._lock:
+            self._max_size = max(self._max_size, count)
+            if self._pool is not None and self._finalizer is not None:  # made here, not given
+                self._pool.resize(self._min_size, self._max_size)
+        super().make_room(count)
 
     def close(self) -> None:
         """Close the pool, once."""
@@ -349,26 +375,6 @@ class _OwnConnection(psycopg.Connection[Any]):
         self._pool = pool
         pool.putconn(self)
         self._pool = None
-
-
-def _parse(conninfo: str) -> dict[str, Any]:
-    """Take a connection string apart; no error repeats it, and with it the password."""
-    try:
-        known = conninfo_to_dict(conninfo)
-    except psycopg.Error:
-        known = None
-    # Left unescaped, an @ or / of the password makes its rest pass for the host or the port.
-    if (
-        known is None
-        or any(host.find("@") > 0 for host in str(known.get("host", "")).split(","))
-        or not set(str(known.get("port", ""))) <= set("0123456789,")
-    ):
-        raise StoreError(
-            "the connection string is malformed; expected "
-            "'postgresql://user:password@host:port/dbname', special characters of the password "
-            "percent-encoded, or 'host=... dbname=...'"
-        )
-    return known
 
 
 # -- fork and exit -------------------------------------------------------------------------

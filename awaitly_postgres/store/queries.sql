@@ -25,7 +25,7 @@
 --
 -- * One id for each write, named as %(id)s for every table that it reads or changes. So the tables
 --   can be distributed by id: each write is one query to one shard, without two-phase commit. Only
---   the housekeeping at the end of this file takes several ids.
+--   create_many and the housekeeping at the end of this file take several ids.
 -- * Whoever needs both rows locks the lease's before the snapshot's, so there are no deadlocks. The
 --   parts of one statement run in no given order: FROM fence, or EXISTS (SELECT FROM fence), makes
 --   a part wait for the fence, and do nothing if the fence has found no row.
@@ -236,6 +236,25 @@ WITH created AS (
 )
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM created))  -- if journal
 SELECT 1 FROM created
+
+-- name: stored_calls
+-- What the runs with these ids were accepted with, for submit_many to compare. Whoever is not there
+-- is new.
+SELECT id, (snapshot->'metadata'->'workflow')::text, (snapshot->'metadata'->'input')::text
+FROM {snapshots}
+WHERE id = ANY(%(ids)s::text[])
+
+-- name: create_many
+-- Stores a run for each id that is not there yet: the same document with the input of each. The ids
+-- come sorted, so that two of these wait for each other's rows in the same order and cannot
+-- deadlock. Sent in a transaction whose outcome is looked up after a lost reply, because a second
+-- try would find its own rows and call them old; see Database.told. Not a CTE with what sweeps the
+-- journals (delete_many_journals, sent after it): Citus refuses that for rows of several shards.
+INSERT INTO {snapshots} (id, snapshot, updated_at)
+SELECT id, jsonb_set({dated_document}, '{metadata,input}', input::jsonb), clock_timestamp()
+FROM unnest(%(ids)s::text[], %(inputs)s::text[]) AS given (id, input)
+ON CONFLICT (id) DO NOTHING
+RETURNING id
 
 -- name: delete
 -- The count is the answer to the caller. It survives a lost reply because the transaction's
@@ -881,7 +900,8 @@ WHERE id = ANY(%(ids)s::text[])
 RETURNING id
 
 -- name: delete_many_journals -- if journal
--- Sent after delete_many, in the same transaction, with the ids that it has deleted.
+-- Sent after delete_many, in the same transaction, with the ids that it has deleted; and after
+-- create_many with those that it has created, whose journals are remainders of earlier runs.
 DELETE FROM {journal} WHERE id = ANY(%(ids)s::text[])
 
 -- name: sweep_journal -- if journal

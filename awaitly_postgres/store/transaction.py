@@ -45,7 +45,7 @@ class Transaction:
     def _begin(self) -> Connection:
         if self._opener is not None:
             conn = self._open.enter_context(self._opener())
-            self._db.pool.refuse_foreign(conn)
+            self._db.joined(conn)  # or refused
             return conn
         self._loan = self._db.pool.loan()
         conn = self._loan.take(self._db.patience)

@@ -26,7 +26,17 @@ import psycopg
 
 import awaitly_postgres
 
-from . import contention, picture, scale, start_up, step_cost, store_cost, summary, whole_runs
+from . import (
+    contention,
+    many_runs,
+    picture,
+    scale,
+    start_up,
+    step_cost,
+    store_cost,
+    summary,
+    whole_runs,
+)
 from .contenders import prepare
 from .server import Server, own_server
 
@@ -38,6 +48,7 @@ PARTS = {
     "scale": scale,
     "start": start_up,
     "contention": contention,
+    "many_runs": many_runs,
 }
 
 

@@ -907,6 +907,55 @@ def test_a_second_signal_stops_at_once_and_frees_the_workflow(
     assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
 
 
+def at_two_gates(
+    worker: Callable[..., Any], durable: Durable, tmp_path: Path, *arguments: str
+) -> subprocess.Popen[str]:
+    """Start two workers, each of which is in a workflow that waits; a third run is pending."""
+    for id in ("a", "b"):
+        os.mkfifo(tmp_path / id)
+        durable.submit(id, durable.workflow(gated), id)
+    durable.submit("c", durable.workflow(checkout), "ada")
+    process = worker("--workers", "2", *arguments)
+    for _ in range(2):
+        assert process.stdout.readline() == "at the gate\n"
+    return process
+
+
+def test_workers_stop_after_the_current_workflows(
+    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    """On a signal all that are in progress are finished, and no other is begun."""
+    process = at_two_gates(worker, durable, tmp_path, "--loop", "1", "--verbose")
+    process.send_signal(signal.SIGTERM)
+    assert "stopping after the current workflow" in process.stderr.readline()
+    for id in ("a", "b"):
+        (tmp_path / id).write_text("open")
+        assert process.stdout.readline() == f"completed  {id}\n"
+    assert process.wait(PATIENCE) == 0
+    assert statuses(db) == {"a": "completed", "b": "completed", "c": "running"}
+    assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
+
+
+def test_a_second_signal_stops_workers_at_once_and_frees_their_workflows(
+    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, tmp_path: Path
+) -> None:
+    """Although Python cannot stop their threads, another process can go on with their runs."""
+    process = at_two_gates(worker, durable, tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=PATIENCE)
+    assert (process.returncode, out, err) == (130, "", "")
+    assert statuses(db) == dict.fromkeys("abc", "running")
+    assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
+
+
+def test_workers_take_no_ids(run: Run, durable: Durable) -> None:
+    """Those that are given are resumed in their order."""
+    durable.submit("a", durable.workflow(checkout), "ada")
+    assert refused(run("resume", "flows:durable", "a", "--workers", "2"), "--workers")
+
+
 def test_a_worker_takes_up_what_comes_later(
     worker: Callable[..., Any], durable: Durable, store: SnapshotStore
 ) -> None:

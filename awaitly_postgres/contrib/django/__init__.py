@@ -151,8 +151,18 @@ class _DjangoPool(OwnPool):
                     "it in a TransactionTestCase."
                 )
 
-    def refuse_foreign(self, conn: Connection) -> None:
-        """Raise if ``conn`` is Django's, of another database: nothing would be found there."""
+    def leave_thread(self) -> None:
+        """Close what Django has opened for the thread: it keeps connections for each."""
+        connections.close_all()
+
+    def joined(self, conn: Connection | None) -> Connection | None:
+        """Return ``conn``, or Django's connection inside ``transaction.atomic()``.
+
+        Raises:
+            ValueError: ``conn`` is Django's, of another database: nothing would be found there.
+        """
+        if conn is None:
+            return open_transaction(self.using)
         for wrapper in connections.all(initialized_only=True):
             if wrapper.connection is conn and _place(wrapper.alias) != _place(self.using):
                 raise ValueError(
@@ -160,10 +170,7 @@ class _DjangoPool(OwnPool):
                     f"{self.using!r}: pass connection({self.using!r}), or for step.transaction "
                     f"Durable(store({self.using!r}), transaction=lambda: atomic({self.using!r}))"
                 )
-
-    def of_the_caller(self) -> Connection | None:
-        """Return Django's connection inside ``transaction.atomic()``, else None."""
-        return open_transaction(self.using)
+        return conn
 
     def _open(self) -> ConnectionPool[Any]:
         pool = getattr(connections[self.using], "pool", None)
@@ -179,10 +186,10 @@ class _DjangoPool(OwnPool):
         self._made_for = made_for
         return super()._open()
 
-    def _kind(self) -> type[ConnectionPool[Any]]:
+    def _make(self, kind: type[ConnectionPool[Any]] = ConnectionPool) -> ConnectionPool[Any]:
         # A database with an idle connection cannot be dropped at the end of the tests, and Django
         # tells nobody when that is. So in tests each connection is closed as it is given back.
-        return NullConnectionPool if _in_tests() else ConnectionPool
+        return super()._make(NullConnectionPool if _in_tests() else kind)
 
 
 def _place(using: str) -> tuple[Any, ...]:

@@ -40,21 +40,21 @@ from ...store.rows import read_time
 from . import atomic, open_transaction, shared_store
 
 try:
-    from django.tasks import TaskContext, TaskResult, TaskResultStatus
+    from django.tasks import TaskContext, TaskResult, TaskResultStatus, task_backends
     from django.tasks.backends.base import BaseTaskBackend
     from django.tasks.base import Task, TaskError
     from django.tasks.exceptions import TaskResultDoesNotExist
     from django.tasks.signals import task_enqueued, task_finished, task_started
     from django.utils.json import normalize_json
 except ImportError:  # before Django 6: the backport
-    from django_tasks import TaskContext, TaskResult, TaskResultStatus
+    from django_tasks import TaskContext, TaskResult, TaskResultStatus, task_backends
     from django_tasks.backends.base import BaseTaskBackend
     from django_tasks.base import Task, TaskError
     from django_tasks.exceptions import TaskResultDoesNotExist
     from django_tasks.signals import task_enqueued, task_finished, task_started
     from django_tasks.utils import normalize_json
 
-__all__ = ["Backend", "step"]
+__all__ = ["Backend", "step", "task_backends"]
 
 # What a task's run keeps besides its steps, as signals that no step waits for: each start and each
 # error, numbered. They stay however often the run is taken up, and no step of the task sees them.
@@ -86,7 +86,7 @@ def step() -> Step:
         ) from None
 
 
-class Backend(BaseTaskBackend):  # type: ignore[misc, valid-type]
+class Backend(BaseTaskBackend):
     """Keeps tasks as durable runs. Each is a run ``task:<queue>:<random>``.
 
     ``OPTIONS`` may have ``database``, the alias in ``DATABASES``, and the options of `Durable`. A
@@ -195,7 +195,7 @@ class Backend(BaseTaskBackend):  # type: ignore[misc, valid-type]
         )
         if result.is_finished:
             # By the server's clock, which may be behind the worker's.
-            ended = max([*times, _read(info.updated_at.isoformat())])
+            ended = max(filter(None, [*times, _read(info.updated_at.isoformat())]))
             object.__setattr__(result, "finished_at", ended)
             object.__setattr__(result, "_return_value", info.result)
             # It may have ended without raising: cancelled, or killed too often.

@@ -1,0 +1,169 @@
+"""Working through the pending runs: one after another, or several at once in threads."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from contextvars import Context, copy_context
+from queue import SimpleQueue
+
+from attrs import define, field
+
+from ..store.lease import RELEASE_TIMEOUT
+from ..store.rows import SnapshotInfo
+from .pending import Outcome, Queue
+from .session import Session
+
+Sessions = set[Session]  # the starts that are in progress
+Attempt = Callable[[SnapshotInfo, Sessions], Outcome]
+Ended = tuple[Outcome | None, BaseException | None]  # what came of a start, or what it raised
+
+
+@define(eq=False)
+class Workers:
+    """Starts runs, and tells how they ended: one worker in the caller's thread, more in their own.
+
+    The threads are daemons: Python cannot stop a thread, and one that is stuck in a step must not
+    keep the process from ending when it is told to stop at once.
+
+    Args:
+        attempt: starts one run; keeps its session among the sessions while it is in progress.
+        count: how many runs can be in progress at a time.
+        leave: called by each thread when it ends.
+    """
+
+    _attempt: Attempt
+    _count: int
+    _leave: Callable[[], object]
+    running: int = 0  # started, and not yet told of
+    _sessions: Sessions = field(factory=set)
+    _threads: list[threading.Thread] = field(factory=list)
+    _tasks: SimpleQueue[tuple[Context, SnapshotInfo] | None] = field(factory=SimpleQueue)
+    _ended: SimpleQueue[Ended] = field(factory=SimpleQueue)
+    _pid: int = field(factory=os.getpid)
+
+    @property
+    def are_busy(self) -> bool:
+        """Whether none is free for another run."""
+        return self.running == self._count
+
+    def start(self, info: SnapshotInfo) -> None:
+        """Start a run, with the context variables of the caller."""
+        if self._count == 1:
+            # Here, so that Ctrl-C and the like strike in the workflow itself.
+            self._ended.put((self._attempt(info, self._sessions), None))
+        else:
+            if self.running == len(self._threads):
+                self._threads.append(threading.Thread(target=self._work, daemon=True))
+                self._threads[-1].start()
+            self._tasks.put((copy_context(), info))
+        self.running += 1
+
+    def next(self) -> Ended:
+        """Wait for one of the runs to end."""
+        ended = self._ended.get()
+        self.running -= 1
+        return ended
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            context, info = task
+            try:
+                self._ended.put((context.run(self._attempt, info, self._sessions), None))
+            except BaseException as error:
+                self._ended.put((None, error))
+            if os.getpid() != self._pid:
+                # A child that the step has forked has this thread and no other. Nobody there waits
+                # for an outcome, and all else is its parent's.
+                os._exit(1)
+            del task, context  # their values would live as long as this thread waits
+        self._leave()
+
+    def close(self) -> None:
+        """End the threads. What is still running is abandoned: the process was told to stop now.
+
+        An abandoned run is as after Ctrl-C: it records nothing more, and another process can take
+        it over. The code of its current step goes on until it ends by itself or the process does.
+        """
+        for _ in self._threads:
+            self._tasks.put(None)
+        if not self.running:
+            for thread in self._threads:
+                thread.join()
+            return
+        give_up_at = time.monotonic() + RELEASE_TIMEOUT
+        sessions = [*self._sessions]  # in one go: the threads remove theirs
+        for session in sessions:
+            session.refuse_further_steps()
+        for session in sessions:
+            if time.monotonic() < give_up_at:
+                session.release()
+
+
+@define(eq=False)
+class Pass:
+    """One pass over the pending runs.
+
+    Only the caller's thread takes runs from the queue and reports their outcomes, so nothing of
+    this needs a lock, and nothing is started between an outcome and what ``on_progress`` says to
+    it.
+    """
+
+    _queue: Queue
+    _workers: Workers
+    _limit: int
+    _on_progress: Callable[[Outcome], object] | None
+    _counts: Callable[[Outcome], bool]  # whether a run counts against the limit
+    outcomes: list[Outcome] = field(factory=list)
+    _ran: int = 0
+
+    def run(self) -> list[Outcome]:
+        """Start what is due, until nothing is or the limit is reached; return the outcomes."""
+        workers = self._workers
+        try:
+            while True:
+                for info in self._queue:
+                    workers.start(info)
+                    # Those in progress count against the limit until they turn out not to.
+                    while workers.are_busy or self._ran + workers.running >= self._limit:
+                        if not workers.running:
+                            return self.outcomes
+                        self._take()
+                if not workers.running:
+                    return self.outcomes
+                self._take()  # and look again: it may have made others due
+        finally:
+            workers.close()
+
+    def _take(self) -> None:
+        """Wait for one run to end, and report it.
+
+        Raises:
+            what a worker could not report as an outcome (an outage, `SystemExit`), or what
+            ``on_progress`` raises, after the other runs have ended; but KeyboardInterrupt at once.
+        """
+        outcome, error = self._workers.next()
+        error = error or self._report(outcome)
+        if error is None:
+            return
+        while self._workers.running and not isinstance(error, KeyboardInterrupt):
+            outcome, _ = self._workers.next()
+            if isinstance(again := self._report(outcome), KeyboardInterrupt):
+                raise again
+        raise error
+
+    def _report(self, outcome: Outcome | None) -> BaseException | None:
+        if outcome is None:
+            return None
+        self.outcomes.append(outcome)
+        if outcome.status == "skipped":
+            self._queue.somebody_was_faster()
+        self._ran += self._counts(outcome)
+        try:
+            if self._on_progress is not None:
+                self._on_progress(outcome)
+        except BaseException as error:
+            return error
+        return None
