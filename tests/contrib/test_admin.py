@@ -1,0 +1,279 @@
+"""The admin of the Django app: the list, the page of one run, and what can be done there."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable, Iterator
+from html import unescape
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from awaitly_postgres import Durable, Step
+from tests.chromium import chromium
+from tests.contrib.project import PAST, SHOP
+from tests.support import eventually
+
+DECLINED = "purchase_2Fdeclined%20_26%20odd"  # as the admin writes "purchase/declined & odd"
+
+
+def a_bit_of_everything(shop: SimpleNamespace) -> None:
+    """Store a workflow in each state, and rows that others have made or broken."""
+    durable = Durable(shop.workflows.durable.store, metadata={"tenant": "acme"})
+
+    def purchase(step: Step, item: str, quantity: int = 1) -> dict[str, Any]:
+        step("reserve-stock", gate(0.02), item)
+        step("charge-card", gate(0.09), quantity)
+        step("send-receipt", gate(0.03), "<script>document.title = 'owned'</script>")
+        return {"item": item, "quantity": quantity, "receipt": "sent"}
+
+    def gate(seconds: float) -> Callable[[object], object]:
+        def body(value: object) -> object:
+            shop.db.execute("SELECT pg_sleep(%s)", (seconds,))
+            return value
+
+        return body
+
+    def decline(step: Step) -> None:
+        step("reserve-stock", gate(0.05), "teapot")
+        try:
+            step("check-limit", lambda: {}["limit"])
+        except KeyError:
+            step("charge-card", charge)
+
+    def charge() -> None:
+        try:
+            raise ConnectionError("the bank hung up")
+        except ConnectionError as error:
+            raise ValueError("card declined") from error
+
+    durable.run("purchase-1", purchase, "tea", quantity=2)
+    with pytest.raises(ValueError, match="card declined"):
+        durable.run("purchase/declined & odd", decline)
+    durable.submit("purchase-submitted", durable.workflow(purchase), "cosy")
+    with pytest.raises(Exception, match="suspended"):
+        durable.run("purchase-suspended", lambda step: step.wait("approval"))
+    durable.submit("purchase-cancelled", durable.workflow(purchase), "tea")
+    durable.cancel("purchase-cancelled")
+    gave_up = {"workflow": "purchase", "gaveUpAt": PAST, "attempts": 8}
+    execution = {"status": "failed", "lastUpdated": PAST}
+    given_up = {"formatVersion": 1, "steps": {}, "execution": execution, "metadata": gave_up}
+    durable.store.save("purchase-given-up", given_up)
+    durable.store.try_acquire("purchase-running", ttl=600)
+    durable.submit("purchase-running", durable.workflow(purchase), "tea")
+    resume_state = '{"kind": "ResumeState", "steps": [["a", {"ok": true, "value": 1}]]}'
+    for id, snapshot in (("node", resume_state), ("broken", '{"metadata": [1]}'), ("null", "null")):
+        shop.db.execute("INSERT INTO awaitly_snapshots VALUES (%s, %s)", (id, snapshot))
+
+
+def listed(admin: Any, query: str = "") -> dict[str, list[str]]:
+    """Return what the list tells of each workflow: its name, steps, age, state and lease."""
+    html = admin.get(f"/admin/awaitly/workflow/?{query}").content.decode()
+    rows = re.findall(r"<tr><th.*?</tr>", html, re.S)
+    texts = [re.findall(r">([^<>]+)</(?:a|span|small|td)>", row) for row in rows]
+    return {unescape(id): rest for id, *rest in texts}
+
+
+def test_the_list_tells_where_each_workflow_stands(shop: SimpleNamespace, admin: Any) -> None:
+    """State, steps, and what comes next; whatever else is in the table does not break the page."""
+    a_bit_of_everything(shop)
+    page = listed(admin)
+    assert {id: (texts[3], texts[1]) for id, texts in page.items()} == {
+        "purchase-1": ("completed", "3"),
+        "purchase/declined & odd": ("retrying", "3"),
+        "purchase-submitted": ("pending", "0"),
+        "purchase-suspended": ("waiting", "0"),
+        "purchase-cancelled": ("cancelled", "0"),
+        "purchase-given-up": ("failed", "0"),
+        "purchase-running": ("running", "0"),
+        "node": ("pending", "1"),
+        "broken": ("pending", "0"),
+        "null": ("pending", "0"),
+    }
+    assert page["purchase-running"][4] == f"held by {socket.gethostname()}:{os.getpid()}"
+    assert page["purchase-submitted"][4] == "due"
+    assert page["purchase-suspended"][4] == "waits for approval"
+    assert [len(page[id]) for id in ("purchase-1", "purchase-given-up", "node")] == [4, 4, 4]
+
+
+def test_the_list_is_filtered_and_searched(shop: SimpleNamespace, admin: Any) -> None:
+    """By state and by a part of the id."""
+    a_bit_of_everything(shop)
+    for query, ids in (
+        ("state=pending", {"purchase-submitted", "node", "broken", "null"}),
+        ("state=running", {"purchase-running"}),
+        ("state=waiting", {"purchase-suspended"}),
+        ("state=retrying", {"purchase/declined & odd"}),
+        ("state=completed", {"purchase-1"}),
+        ("state=failed", {"purchase-given-up"}),
+        ("state=cancelled", {"purchase-cancelled"}),
+        ("q=declined", {"purchase/declined & odd"}),
+        ("q=SUB&state=pending", {"purchase-submitted"}),
+    ):
+        assert set(listed(admin, query)) == ids, query
+
+
+def test_the_list_leaves_the_snapshots_in_the_database(shop: SimpleNamespace, admin: Any) -> None:
+    """A page of workflows of megabytes each is as small as any other."""
+    from django.db import connection
+    from django.test.utils import CaptureQueriesContext
+
+    a_bit_of_everything(shop)
+    with CaptureQueriesContext(connection) as queries:
+        admin.get("/admin/awaitly/workflow/?state=pending&q=purchase")
+    ours = [q["sql"] for q in queries if 'FROM "awaitly_snapshots"' in q["sql"]]
+    assert ours
+    assert not [sql for sql in ours if '"awaitly_snapshots"."snapshot"' in sql]
+
+
+def test_one_workflow_is_shown_with_all_that_is_stored(shop: SimpleNamespace, admin: Any) -> None:
+    """Metadata, input, result, steps, and a failure with its cause and traceback; escaped."""
+    a_bit_of_everything(shop)
+    bought = admin.get("/admin/awaitly/workflow/purchase-1/change/").content.decode()
+    for text in (
+        "&quot;tenant&quot;: &quot;acme&quot;",
+        "&quot;quantity&quot;: 2",
+        "&quot;receipt&quot;: &quot;sent&quot;",
+        "charge-card",
+    ):
+        assert text in bought
+    assert "&lt;script&gt;document.title" in bought
+    assert "<script>document.title" not in bought
+    assert bought.count("<rect ") == 3
+    declined = admin.get(f"/admin/awaitly/workflow/{DECLINED}/change/")
+    told = declined.content.decode()
+    assert "ValueError: card declined" in told
+    assert "caused by ConnectionError: the bank hung up" in told
+    assert "KeyError: &#x27;limit&#x27;" in told
+    assert "raise ConnectionError(&quot;the bank hung up&quot;)" in told
+    assert "ValueError: card declined\n</pre>" in told
+    broken = admin.get("/admin/awaitly/workflow/broken/change/").content.decode()
+    assert "Not a valid snapshot: formatVersion is missing" in broken
+    gone = admin.get("/admin/awaitly/workflow/no-such/change/")
+    assert gone.status_code == 404
+
+
+def test_of_a_long_run_the_telling_steps_are_shown(shop: SimpleNamespace, admin: Any) -> None:
+    """Of 3,000 steps those at both ends and the failed one, with how many are left out between."""
+    steps: dict[str, Any] = {f"step-{i:04}": {"ok": True, "value": i} for i in range(3000)}
+    steps["step-1500"] = {"ok": False, "error": "NOT_FOUND", "cause": None}
+    execution = {"status": "running", "lastUpdated": "2026-01-01T00:00:00.000Z"}
+    document = {"formatVersion": 1, "steps": steps, "execution": execution}
+    shop.workflows.durable.store.save("long", document)
+    html = admin.get("/admin/awaitly/workflow/long/change/").content.decode()
+    shown = set(re.findall(r'class="key" title="(.*?)"', html))
+    assert {"step-0000", "step-1500", "step-2999"} <= shown
+    assert len(shown) < 60
+    hidden = [int(n) for n in re.findall(r">(\d+) more<", html)]
+    assert sum(hidden) + len(shown) == 3000
+    assert "<p>&quot;NOT_FOUND&quot;</p>" in html
+
+
+def test_an_id_that_is_none_here_has_a_page_all_the_same(shop: SimpleNamespace, admin: Any) -> None:
+    """Others may store ids that are too long for us; a NUL is in none."""
+    shop.db.execute("INSERT INTO awaitly_snapshots VALUES (%s, 'null')", ("x" * 1200,))
+    page = admin.get(f"/admin/awaitly/workflow/{'x' * 1200}/change/")
+    assert page.status_code == 200
+    assert "at most 1,000 fit" in page.content.decode()
+    assert admin.get("/admin/awaitly/workflow/a_00b/change/").status_code == 404
+
+
+def test_the_admin_changes_nothing_and_shows_nothing_to_strangers(
+    shop: SimpleNamespace, admin: Any
+) -> None:
+    """No adding, changing or deleting, even for a superuser; staff need the view permission."""
+    from django.contrib.auth import get_user_model
+    from django.contrib.auth.models import Permission
+    from django.test import Client
+
+    a_bit_of_everything(shop)
+    list_, one = "/admin/awaitly/workflow/", "/admin/awaitly/workflow/purchase-1/change/"
+    before = shop.db.execute("SELECT * FROM awaitly_snapshots ORDER BY id").fetchall()
+    assert admin.get(f"{list_}add/").status_code == 403
+    assert (
+        admin.post("/admin/awaitly/workflow/purchase-1/delete/", {"post": "yes"}).status_code == 403
+    )
+    admin.post(one, {"snapshot": "{}"})
+    admin.post(
+        list_, {"action": "delete_selected", "_selected_action": "purchase-1", "post": "yes"}
+    )
+    assert shop.db.execute("SELECT * FROM awaitly_snapshots ORDER BY id").fetchall() == before
+
+    staff = Client()
+    assert [staff.get(page).status_code for page in (list_, one)] == [302, 302]
+    user = get_user_model().objects.create_user("staff", is_staff=True)
+    staff.force_login(user)
+    assert [staff.get(page).status_code for page in (list_, one)] == [403, 403]
+    user.user_permissions.add(Permission.objects.get(codename="view_workflow"))
+    assert [staff.get(page).status_code for page in (list_, one)] == [200, 200]
+
+
+@pytest.fixture
+def address(shop: SimpleNamespace) -> Iterator[str]:
+    """Where ``manage.py runserver`` answers."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        host = f"127.0.0.1:{unused.getsockname()[1]}"
+    server = subprocess.Popen(
+        [sys.executable, str(SHOP / "manage.py"), "runserver", "--noreload", host],
+        env={**os.environ, "DATABASE_URL": shop.url},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def answers() -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{host}/", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    try:
+        eventually(answers, "the shop's home page")
+        yield f"http://{host}"
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def test_the_pages_in_a_browser(
+    shop: SimpleNamespace, admin: Any, address: str, tmp_path: Path
+) -> None:
+    """The list and the timeline fit the window, with their styles, and obey nothing stored."""
+    a_bit_of_everything(shop)
+    session = {"sessionid": admin.cookies["sessionid"].value}
+    fits = "document.documentElement.scrollWidth <= innerWidth"
+    with chromium() as page:
+        page.open(f"{address}/admin/awaitly/workflow/", **session)
+        page.screenshot(tmp_path / "list.png")
+        assert page.evaluate("document.querySelectorAll('#result_list tbody tr').length") == 10
+        assert page.evaluate(fits)
+        table = "document.querySelector('.results')"
+        assert page.evaluate(f"{table}.scrollWidth <= {table}.clientWidth")
+        colour = "getComputedStyle(document.querySelector('.awaitly-state.{}')).backgroundColor"
+        assert page.evaluate(colour.format("completed")) == "rgb(38, 112, 74)"
+
+        page.open(f"{address}/admin/awaitly/workflow/purchase-1/change/")
+        page.screenshot(tmp_path / "timeline.png")
+        assert "owned" not in page.evaluate("document.title")
+        boxes = "[...document.querySelectorAll('rect')].map(r => r.getBoundingClientRect())"
+        lefts = page.evaluate(f"{boxes}.map(box => box.left)")
+        widths = page.evaluate(f"{boxes}.map(box => box.width)")
+        assert lefts == sorted(lefts)
+        assert widths[1] == max(widths)
+        assert min(widths) > 2
+        assert page.evaluate(fits)
+
+        page.open(f"{address}/admin/awaitly/workflow/{DECLINED}/change/")
+        page.screenshot(tmp_path / "failed.png")
+        assert page.evaluate("document.querySelectorAll('details.failed[open]').length") == 2
+        page.open(address)
+        page.screenshot(tmp_path / "shop.png")
+        assert "10 left" in page.evaluate("document.body.innerText")
