@@ -67,7 +67,7 @@ def shop(site: SimpleNamespace) -> Iterator[SimpleNamespace]:
     with psycopg.connect(site.url, autocommit=True) as db:
         yield SimpleNamespace(**vars(site), tea=tea, db=db)
         tables = "shop_order, shop_product, awaitly_snapshots, awaitly_snapshots_steps"
-        db.execute(f"TRUNCATE {tables}, awaitly_workflow_lock, auth_user CASCADE")
+        db.execute(f"TRUNCATE {tables}, awaitly_workflow_lock, auth_user, django_admin_log CASCADE")
     connections["default"].close()
 
 

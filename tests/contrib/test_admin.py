@@ -104,7 +104,7 @@ def test_the_list_tells_where_each_workflow_stands(shop: SimpleNamespace, admin:
 
 
 def test_the_list_is_filtered_and_searched(shop: SimpleNamespace, admin: Any) -> None:
-    """By state and by a part of the id."""
+    """By state, and by a part of the id, the workflow or the metadata, or exact metadata."""
     a_bit_of_everything(shop)
     for query, ids in (
         ("state=pending", {"purchase-submitted", "node", "broken", "null"}),
@@ -116,6 +116,15 @@ def test_the_list_is_filtered_and_searched(shop: SimpleNamespace, admin: Any) ->
         ("state=cancelled", {"purchase-cancelled"}),
         ("q=declined", {"purchase/declined & odd"}),
         ("q=SUB&state=pending", {"purchase-submitted"}),
+        ("q=DECLINE", {"purchase/declined & odd"}),
+        ("q=lambda", {"purchase-suspended"}),
+        ("q=acme+submitted", {"purchase-submitted"}),
+        ("q=tenant%3Dacme&state=waiting", {"purchase-suspended"}),
+        ("q=tenant%3Dacm", set()),
+        ("q=attempts%3D8", {"purchase-given-up"}),
+        ("q=%22declined+%26%22", {"purchase/declined & odd"}),
+        ("q=%25", set()),
+        ("q=tenant%3DNaN", set()),
     ):
         assert set(listed(admin, query)) == ids, query
 
@@ -213,6 +222,193 @@ def test_the_admin_changes_nothing_and_shows_nothing_to_strangers(
     assert [staff.get(page).status_code for page in (list_, one)] == [403, 403]
     user.user_permissions.add(Permission.objects.get(codename="view_workflow"))
     assert [staff.get(page).status_code for page in (list_, one)] == [200, 200]
+
+
+# -- what can be done ----------------------------------------------------------------------
+
+
+def runs_to_act_on(shop: SimpleNamespace) -> Durable:
+    """Store a run for each thing that can be done."""
+    durable = Durable(shop.workflows.durable.store)
+
+    def waiting(step: Step) -> list[object]:
+        return [step("one", int), step("two", int), step.wait("approval")]
+
+    def failing(step: Step) -> None:
+        step("divide", lambda: 1 / 0)
+
+    for id in ("run-rewind", "run-answer", "run-cancel"):
+        with pytest.raises(Exception, match="suspended"):
+            durable.run(id, waiting)
+    failing_for_good = durable.workflow(max_attempts=1)(failing)
+    for id in ("run-retry", "run-retry-2"):
+        with pytest.raises(ZeroDivisionError):
+            durable.run(id, failing_for_good)
+    return durable
+
+
+ACTS = {
+    "retry": ({}, "Made due now."),
+    "cancel": ({}, "Cancelled."),
+    "rewind": ({"key": "two"}, "Rewound to step 'two'; 1 step forgotten."),
+    "answer": ({"key": "approval", "value": '{"by": "<b>me</b>"}'}, "Answered wait 'approval'"),
+}
+
+
+def act(client: Any, name: str, **form: str) -> Any:
+    """Press a button on the page of a run."""
+    page = f"/admin/awaitly/workflow/run-{name}/change/"
+    return client.post(page, {"act": name, **ACTS[name][0], **form}, follow=True)
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_what_is_done_in_the_admin_is_logged(shop: SimpleNamespace, admin: Any, name: str) -> None:
+    """With who did it to which run, as Django logs changes; the page says so as well."""
+    from django.contrib.admin.models import LogEntry
+
+    durable = runs_to_act_on(shop)
+    page = act(admin, name)
+    assert page.redirect_chain == [(f"/admin/awaitly/workflow/run-{name}/change/", 302)]
+    (entry,) = LogEntry.objects.all()
+    assert (entry.user.username, entry.object_id) == ("admin", f"run-{name}")
+    assert entry.get_change_message().startswith(ACTS[name][1])
+    assert ACTS[name][1].replace("'", "&#x27;") in page.content.decode()
+    history = admin.get(f"/admin/awaitly/workflow/run-{name}/history/").content.decode()
+    assert ACTS[name][1].replace("'", "&#x27;") in history
+    assert "<b>me</b>" not in history + page.content.decode()
+    run = durable.get(f"run-{name}")
+    assert (run.state, [step.key for step in run.steps]) == {
+        "retry": ("retrying", ["divide"]),
+        "cancel": ("cancelled", ["one", "two"]),
+        "rewind": ("pending", ["one"]),
+        "answer": ("pending", ["one", "two"]),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_each_thing_needs_its_own_permission(shop: SimpleNamespace, name: str) -> None:
+    """Without it there is no button, and whoever posts all the same is refused."""
+    from django.contrib.auth import get_user_model
+    from django.contrib.auth.models import Permission
+    from django.test import Client
+
+    def allow(*names: str) -> None:
+        user.user_permissions.add(*Permission.objects.filter(codename__in=names))
+
+    runs_to_act_on(shop)
+    stored = "SELECT * FROM awaitly_snapshots ORDER BY id"
+    before = shop.db.execute(stored).fetchall()
+    user, staff = get_user_model().objects.create_user("staff", is_staff=True), Client()
+    staff.force_login(user)
+    assert act(staff, name).status_code == 403
+    allow("view_workflow", *(f"{other}_workflow" for other in ACTS if other != name))
+    page = f"/admin/awaitly/workflow/run-{name}/change/"
+    assert f'value="{name}"' not in staff.get(page).content.decode()
+    assert act(staff, name).status_code == 403
+    assert shop.db.execute(stored).fetchall() == before
+    allow(f"{name}_workflow")
+    assert f'value="{name}"' in staff.get(page).content.decode()
+    assert act(staff, name).status_code == 200
+    assert shop.db.execute(stored).fetchall() != before
+
+
+def test_nothing_is_done_without_the_token_of_the_page(shop: SimpleNamespace) -> None:
+    """A form on somebody else's site cannot act for an administrator, nor can a link."""
+    from django.contrib.auth import get_user_model
+    from django.test import Client
+
+    runs_to_act_on(shop)
+    client = Client(enforce_csrf_checks=True)
+    client.force_login(get_user_model().objects.create_superuser("admin"))
+    assert act(client, "cancel").status_code == 403
+    page = "/admin/awaitly/workflow/run-cancel/change/"
+    assert client.get(f"{page}?act=cancel").status_code == 200
+    assert Durable(shop.workflows.durable.store).get("run-cancel").state == "waiting"
+    (token, *_) = re.findall(
+        r'csrfmiddlewaretoken" value="(\w+)"', client.get(page).content.decode()
+    )
+    assert act(client, "cancel", csrfmiddlewaretoken=token).status_code == 200
+    assert Durable(shop.workflows.durable.store).get("run-cancel").state == "cancelled"
+
+
+def test_what_cannot_be_done_is_said_and_not_logged(shop: SimpleNamespace, admin: Any) -> None:
+    """A run that has ended or is held, a step that is not there, a value that is not JSON."""
+    from django.contrib.admin.models import LogEntry
+
+    durable = runs_to_act_on(shop)
+    durable.cancel("run-cancel")
+    with durable.store.lock("run-retry"):
+        for name, form, message in (
+            ("cancel", {}, "nothing to do"),
+            ("retry", {}, "is running elsewhere"),
+            ("rewind", {"key": "<i>three</i>"}, "no recorded step"),
+            ("rewind", {"key": ""}, "step key"),
+            ("answer", {"value": "yes"}, "not JSON"),
+            ("answer", {"value": "NaN"}, "JSON"),
+        ):
+            told = act(admin, name, **form).content.decode()
+            assert message in told, (name, form)
+            assert "<i>three" not in told
+    bad = admin.post("/admin/awaitly/workflow/run-retry/change/", {"act": "drop"})
+    assert bad.status_code == 400
+    assert not LogEntry.objects.exists()
+
+
+def test_selected_runs_are_retried_from_the_list(shop: SimpleNamespace, admin: Any) -> None:
+    """By those who may; others do not see the action."""
+    from django.contrib.admin.models import LogEntry
+    from django.contrib.auth import get_user_model
+    from django.contrib.auth.models import Permission
+    from django.test import Client
+
+    durable = runs_to_act_on(shop)
+    form = {"action": "retry_now", "_selected_action": ["run-retry", "run-retry-2"]}
+    user, staff = get_user_model().objects.create_user("staff", is_staff=True), Client()
+    user.user_permissions.add(Permission.objects.get(codename="view_workflow"))
+    staff.force_login(user)
+    staff.post("/admin/awaitly/workflow/", form)
+    assert len(durable.list(state="failed")) == 2
+    admin.post("/admin/awaitly/workflow/", form)
+    assert durable.list(state="failed") == []
+    assert LogEntry.objects.count() == 2
+
+
+def test_hostile_text_is_shown_and_not_obeyed(shop: SimpleNamespace, admin: Any) -> None:
+    """In ids, names, metadata, keys, waits, values, errors and tracebacks."""
+    bad = "<script>document.title = 'owned'</script>\"'><img src=x onerror=alert(1)>"
+    durable = Durable(shop.workflows.durable.store, metadata={bad: bad})
+
+    def work(step: Step, text: str) -> None:
+        step(f"{bad} value", str, text)
+        try:
+            step(f"{bad} error", hurt)
+        except ValueError:
+            step.wait(f"{bad} wait")
+
+    def hurt() -> None:
+        raise ValueError(bad)
+
+    with pytest.raises(Exception, match="suspended"):
+        durable.run(bad, durable.workflow(name=bad)(work), bad)
+    with pytest.raises(ValueError, match="owned"):
+        durable.run(f"{bad} failed", durable.workflow(name=f"{bad}!")(lambda step: hurt()))
+    durable.store.try_acquire(f"{bad} failed")
+    from django.contrib.admin.utils import quote
+
+    pages = ["", *(f"{quote(id)}/change/" for id in (bad, f"{bad} failed"))]
+    for page in pages:
+        html = admin.get(f"/admin/awaitly/workflow/{page}").content.decode()
+        assert "owned" in html
+        assert "<script>document" not in html
+        assert "<img src=x" not in html
+        assert "\"'>" not in html.replace("&quot;", "")
+    told = admin.post(
+        f"/admin/awaitly/workflow/{quote(bad)}/change/",
+        {"act": "answer", "key": f"{bad} wait", "value": '"<script>document"'},
+        follow=True,
+    ).content.decode()
+    assert "Answered wait" in told
+    assert "<script>document" not in told
 
 
 @pytest.fixture
