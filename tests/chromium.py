@@ -54,6 +54,11 @@ class Page:
             assert time.monotonic() < give_up_at, f"{url} is still loading"
             time.sleep(0.02)
 
+    def resize(self, width: int, height: int = 900) -> None:
+        """Make the window as wide as that, for what is opened next."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        self._do("Emulation.setDeviceMetricsOverride", **size)
+
     def evaluate(self, expression: str) -> Any:
         """Return the value of some JavaScript."""
         answer = self._do("Runtime.evaluate", expression=expression, returnByValue=True)

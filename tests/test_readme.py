@@ -10,11 +10,9 @@ import importlib.util
 import inspect
 import json
 import logging
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import psycopg
 import pytest
 from attrs import fields, frozen
 from click.testing import CliRunner
-from django.db.backends.postgresql.features import DatabaseFeatures
+from django.core.management import get_commands
 
 import awaitly_postgres
 from awaitly_postgres import (
@@ -58,16 +56,6 @@ SHOP = ROOT / "examples" / "django_shop"
 
 # What its reader would do with what a section defines: send requests, run pytest.
 AFTERWARDS = {
-    DJANGO: """
-from uuid import UUID
-
-tea = Product.objects.create(name="tea", cents=450, stock=3)
-accept(Order(id=UUID(int=7), product=tea, quantity=2))
-assert [(o.status, o.result) for o in durable.resume_pending()] == [("completed", 900)]
-tea.refresh_from_db()
-assert tea.stock == 1
-durable.store.close()
-""",
     "Flask": """
 client, url = app.test_client(), "/checkouts/00000000-0000-0000-0000-000000000007"
 answers = [client.post(url, data={"item": item}) for item in ("tea", "tea", "pot")]
@@ -206,6 +194,7 @@ def test_every_block_is_of_a_kind_that_is_tested() -> None:
     assert {b.language for b in BLOCKS} == {"python", "sql", "json", "console", "crontab", "text"}
 
 
+# The Django page's Python is run by tests/contrib/test_fresh_project.py.
 SECTIONS = dict.fromkeys((b.page, b.section) for b in blocks_in("python") if b.page != DJANGO)
 
 
@@ -225,12 +214,6 @@ def test_python_runs(page: str, section: str, url: str, caplog: pytest.LogCaptur
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
-def test_the_django_page_runs_in_the_shop(url: str) -> None:
-    """Its blocks run in order as a module of the Django example, whose models they import."""
-    blocks = [block for block in blocks_in("python") if block.page == DJANGO]
-    run_in_the_shop(source(blocks, url) + AFTERWARDS[DJANGO], url)
-
-
 def source(blocks: list[Block], url: str) -> str:
     """Return the Python of blocks of one page, each line where it is on the page."""
     code = ""
@@ -238,25 +221,6 @@ def source(blocks: list[Block], url: str) -> str:
         code += "\n" * (block.line - 1 - code.count("\n")) + block.text
     code = re.sub(r'"(postgresql://[^"]*|embedded)"', lambda _: repr(url), code)
     return re.sub(r"^( *)(\S.*?)  # -> (.+)$", r"\1is_(\2, \3)", code, flags=re.M)
-
-
-def run_in_the_shop(code: str, url: str) -> None:
-    """Run code as a module of the Django example, in a process of its own."""
-    wanted = DatabaseFeatures.minimum_database_version[0]
-    with psycopg.connect(url) as conn:
-        if conn.info.server_version < wanted * 10_000:
-            pytest.skip(f"this Django wants PostgreSQL {wanted}")
-    setup = (
-        "import django; django.setup(); from django.core.management import call_command; "
-        "call_command('migrate', verbosity=0); __package__ = 'shop'"
-    )
-    subprocess.run(
-        [sys.executable, "-c", setup + code],
-        cwd=SHOP,
-        env={**os.environ, "DJANGO_SETTINGS_MODULE": "shop.settings", "DATABASE_URL": url},
-        check=True,
-        timeout=60,
-    )
 
 
 def is_(actual: object, expected: object) -> None:
@@ -338,9 +302,9 @@ def test_command_exists(command: list[str]) -> None:
     elif name == "flask":
         assert words[-1] in example(words[words.index("--app") + 1]).app.cli.commands
     elif words[:1] == ["manage.py"]:
-        made = ROOT / "awaitly_postgres/contrib/django/management/commands" / f"{words[1]}.py"
+        ours = ROOT / "awaitly_postgres/contrib/django/management/commands" / f"{words[1]}.py"
         assert (SHOP / "manage.py").exists()
-        assert made.exists()
+        assert ours.exists() or words[1] in get_commands()
     elif words[:1] == ["-m"] and words[1].startswith("tests."):
         module = ROOT.joinpath(*words[1].split("."), "__main__.py").read_text(encoding="utf-8")
         assert all(f'"{word}"' in module for word in words if word.startswith("--"))

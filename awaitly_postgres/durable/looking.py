@@ -51,6 +51,9 @@ class Looking(Options):
         Raises:
             SnapshotFormatError: what is stored is not a snapshot, or the codec cannot decode it.
         """
+        return self._read(id, self.store._db.joined(conn))
+
+    def _read(self, id: str, conn: Connection | None = None) -> RunInfo | None:
         store = self.store
         rows = store._db.rows(store._sql.get, {"id": store.key(id)}, conn)
         if not rows:
@@ -132,7 +135,7 @@ class Looking(Options):
             rows = self.store.details([id])
             if not rows:
                 raise WorkflowNotFound(id)
-            if rows[0].state in _ENDED and (info := self.get(id)) and info.state in _ENDED:
+            if rows[0].state in _ENDED and (info := self._read(id)) and info.state in _ENDED:
                 if info.error is not None:
                     raise info.error
                 return info.result

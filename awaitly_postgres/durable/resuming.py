@@ -50,6 +50,7 @@ class Resuming(Options):
                 registered.
             and what `run` raises.
         """
+        self.store._db.refuse_to_run_here()  # first: it may look for the run on another connection
         session, found = self._resumable(id)
         return session.start(found)
 
@@ -63,6 +64,7 @@ class Resuming(Options):
         Raises:
             StoreUnavailable: the database was away for longer than the store retries.
         """
+        self.store._db.refuse_to_run_here()
         return self._attempt(id)
 
     def resume_pending(
@@ -99,6 +101,7 @@ class Resuming(Options):
                 more and can be taken over, while the code of their current steps still runs.
         """
         check_limit(limit)
+        self.store._db.refuse_to_run_here()
         pool = self.store._db.pool
         if check_limit(workers, "workers") > 1:
             pool.make_room(workers + 1)  # one is for this thread

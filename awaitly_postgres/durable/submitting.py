@@ -57,6 +57,7 @@ class Submitting(Options):
         document = self._accepted(entry, now, input)
         _json.check_size(document, f"the snapshot for {id!r}")
         params = {"id": self.store.key(id), "snapshot": document, "pause": self._delay}
+        conn = self.store._db.joined(conn)
         tries = 0
 
         def create(conn: Connection) -> bool:
@@ -159,7 +160,7 @@ class Submitting(Options):
                 batches = _batches(key for key in inputs if key not in old)
                 return [key for batch in batches for key in create(conn, batch)]
 
-        return self.store._db.told(work, conn)
+        return self.store._db.told(work, self.store._db.joined(conn))
 
     def _accepted(self, entry: Entry, now: str, input: str | None = None) -> str:
         """Compose the snapshot of a run that is stored and not started."""

@@ -99,6 +99,10 @@ class Database:
                 if not _is_transient(error) or not backoff.pause():
                     raise self._translate(error) from error
 
+    def joined(self, conn: Connection | None) -> Connection | None:
+        """Return where to run what may be part of the caller's transaction; see `Pool.joined`."""
+        return self.pool.joined(conn)
+
     def refuse_to_run_here(self) -> None:
         """Raise where a run would outlive what the caller is about to roll back."""
         self.pool.refuse_to_run_here()
@@ -243,6 +247,7 @@ class Database:
     def _run_on(self, conn: Connection, work: Callable[[Connection], T]) -> T:
         if not isinstance(conn, psycopg.Connection):
             raise WrongType(f"conn must be a psycopg.Connection, not {type(conn).__name__}")
+        self.pool.joined(conn)  # or refused
         try:
             if self._auto_create and not self._tables_seen:
                 # Tables that this very transaction has made may yet be rolled back.

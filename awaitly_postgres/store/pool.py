@@ -91,6 +91,14 @@ class Pool(ABC):
                 count,
             )
 
+    def joined(self, conn: Connection | None) -> Connection | None:
+        """Return where to run what may be part of the caller's transaction: ``conn``, if given.
+
+        A pool that knows the caller's transactions refuses one of another database, and finds the
+        one to join where none is given. None: on the pool.
+        """
+        return conn
+
     def close(self) -> None:
         """Lend nothing any more."""
         self._closed = True
@@ -225,7 +233,7 @@ class OwnPool(Pool):
             self._finalizer = weakref.finalize(self, _close_pool, self._pool, os.getpid())
         return self._pool
 
-    def _make(self) -> ConnectionPool[Any]:
+    def _make(self, kind: type[ConnectionPool[Any]] = ConnectionPool) -> ConnectionPool[Any]:
         conninfo = self._conninfo() if callable(self._conninfo) else self._conninfo
         known = parse_conninfo(conninfo)
         defaults = {
@@ -245,7 +253,7 @@ class OwnPool(Pool):
                 set_up_prepared_statements(conn)
             conn.home = home  # last: one that cannot be set up, the pool replaces by itself
 
-        pool: ConnectionPool[Any] = ConnectionPool(
+        pool: ConnectionPool[Any] = kind(
             conninfo,
             kwargs=kwargs,
             connection_class=_OwnConnection,

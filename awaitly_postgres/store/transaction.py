@@ -44,7 +44,9 @@ class Transaction:
 
     def _begin(self) -> Connection:
         if self._opener is not None:
-            return self._open.enter_context(self._opener())
+            conn = self._open.enter_context(self._opener())
+            self._db.joined(conn)  # or refused
+            return conn
         self._loan = self._db.pool.loan()
         conn = self._loan.take(self._db.patience)
         self._db.make_tables_at_first(conn)

@@ -16,6 +16,7 @@ tables, ``resume_workflows`` resumes pending runs, and the admin shows all runs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -23,11 +24,12 @@ from typing import Any, cast
 import attrs
 import django.db
 import psycopg
+from django.core import mail
 from django.core.exceptions import ImproperlyConfigured
 from django.db import connections
 from django.db import transaction as transactions
 from psycopg.conninfo import make_conninfo
-from psycopg_pool import ConnectionPool
+from psycopg_pool import ConnectionPool, NullConnectionPool
 
 from ...store.database import Connection
 from ...store.pool import OwnPool
@@ -118,11 +120,24 @@ def atomic(using: str = "default") -> Iterator[Connection]:
         raise error.__cause__ from error
 
 
+def open_transaction(using: str) -> Connection | None:
+    """Return Django's connection if this thread has a transaction open on it, else None."""
+    wrapper = connections[using]
+    return None if wrapper.connection is None or wrapper.get_autocommit() else wrapper.connection
+
+
+@functools.cache
+def shared_store(using: str) -> SnapshotStore:
+    """Return the store that the admin and the tasks share, so that they share a pool."""
+    return store(using)
+
+
 @attrs.define(eq=False)
 class _DjangoPool(OwnPool):
     """Django's own pool if its settings ask for one, else a pool made from them, on first use."""
 
     using: str = attrs.field(kw_only=True)
+    _made_for: tuple[Any, ...] = attrs.field(default=(), init=False)
 
     def refuse_to_run_here(self) -> None:
         """Raise inside a transaction of Django's: its rollback would undo what the steps wrote."""
@@ -140,13 +155,52 @@ class _DjangoPool(OwnPool):
         """Close what Django has opened for the thread: it keeps connections for each."""
         connections.close_all()
 
+    def joined(self, conn: Connection | None) -> Connection | None:
+        """Return ``conn``, or Django's connection inside ``transaction.atomic()``.
+
+        Raises:
+            ValueError: ``conn`` is Django's, of another database: nothing would be found there.
+        """
+        if conn is None:
+            return open_transaction(self.using)
+        for wrapper in connections.all(initialized_only=True):
+            if wrapper.connection is conn and _place(wrapper.alias) != _place(self.using):
+                raise ValueError(
+                    f"this connection is to DATABASES[{wrapper.alias!r}], and the store is on "
+                    f"{self.using!r}: pass connection({self.using!r}), or for step.transaction "
+                    f"Durable(store({self.using!r}), transaction=lambda: atomic({self.using!r}))"
+                )
+        return conn
+
     def _open(self) -> ConnectionPool[Any]:
         pool = getattr(connections[self.using], "pool", None)
-        if pool is None:
-            return super()._open()
-        pool.open()  # does nothing if it is open; Django may have made a new one since
-        self._pool = pool
-        return self._pool
+        if pool is not None:
+            pool.open()  # does nothing if it is open; Django may have made a new one since
+            self._pool = pool
+            return self._pool
+        made_for = (*_place(self.using), _in_tests())
+        if made_for != self._made_for and self._finalizer is not None:
+            # Something used the store before the tests began, on the database outside of the tests.
+            self._finalizer()
+            self._pool = None
+        self._made_for = made_for
+        return super()._open()
+
+    def _make(self, kind: type[ConnectionPool[Any]] = ConnectionPool) -> ConnectionPool[Any]:
+        # A database with an idle connection cannot be dropped at the end of the tests, and Django
+        # tells nobody when that is. So in tests each connection is closed as it is given back.
+        return super()._make(NullConnectionPool if _in_tests() else kind)
+
+
+def _place(using: str) -> tuple[Any, ...]:
+    """Return what distinguishes one database in Django's settings from another."""
+    settings = connections.settings[using]
+    return tuple(settings.get(name) for name in ("HOST", "PORT", "NAME"))
+
+
+def _in_tests() -> bool:
+    """Tell whether Django's test environment is set up, which has this attribute."""
+    return hasattr(mail, "outbox")
 
 
 def _conninfo(using: str) -> str:

@@ -1,4 +1,10 @@
-"""The model of a stored run, for the admin."""
+"""Models of the store's tables, for the admin and for ``flush``.
+
+They are managed, so that a `TransactionTestCase` empties the tables, but the migrations make the
+tables by the store's own SQL. Only the store writes them. Rows of the journal have no model, which
+would need a primary key of two columns: without their snapshot they are never read, and the next
+run with their id sweeps them up.
+"""
 
 from __future__ import annotations
 
@@ -6,19 +12,43 @@ from django.db import models
 
 
 class Workflow(models.Model):
-    """One row of the snapshot table. Written by the store, never by Django."""
+    """One stored run: a row of the snapshot table."""
 
     id = models.TextField("id", primary_key=True)
     snapshot = models.JSONField()
     updated_at = models.DateTimeField(null=True)
 
     class Meta:
-        """Not managed: the table belongs to the store."""
+        """The permissions are those of the admin."""
 
-        managed = False
         db_table = "awaitly_snapshots"
         ordering = ("-updated_at", "-id")
+        required_db_vendor = "postgresql"
         default_permissions = ("view",)
+        permissions = (
+            ("retry_workflow", "Can retry workflow now"),
+            ("cancel_workflow", "Can cancel workflow"),
+            ("rewind_workflow", "Can rewind workflow"),
+            ("answer_workflow", "Can answer wait of workflow"),
+        )
 
     def __str__(self) -> str:
         return str(self.id)
+
+
+class Lease(models.Model):
+    """The lease on a run that a process is working on."""
+
+    workflow_id = models.TextField(primary_key=True)
+    owner_token = models.TextField()
+    expires_at = models.DateTimeField()
+
+    class Meta:
+        """Nobody needs permissions for it."""
+
+        db_table = "awaitly_workflow_lock"
+        required_db_vendor = "postgresql"
+        default_permissions = ()
+
+    def __str__(self) -> str:
+        return str(self.workflow_id)

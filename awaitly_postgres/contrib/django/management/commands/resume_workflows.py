@@ -1,67 +1,200 @@
-"""``manage.py resume_workflows``: resume runs that crashed, failed or were submitted. For cron."""
+"""``manage.py resume_workflows``: the worker of runs and tasks, for cron or until it is stopped."""
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from django.conf import settings
 from django.core.management.base import BaseCommand, CommandError
+from django.db import close_old_connections
 from django.utils.module_loading import import_string
 
-from awaitly_postgres import Durable, Outcome, StoreError
+from awaitly_postgres import Durable, Outcome, StoreError, StoreUnavailable, WorkflowNotFound
 from awaitly_postgres.store.rows import printable
+
+_ANY = 10**9  # runs
+
+
+class _Stopped(BaseException):
+    """A signal came, and the workflow that was running then has ended."""
 
 
 class Command(BaseCommand):
     """Prints failures only, unless on a terminal or verbose; exit status 1 if anything failed."""
 
-    help = "Finish pending workflows: crashed, failed and submitted ones."
+    help = (
+        "Finish pending workflows and tasks: submitted, crashed and failed ones. With ids, start "
+        "those runs, even if they were given up. SIGINT and SIGTERM stop it after the current "
+        "workflow, a second one stops it at once."
+    )
+    _counts: Counter[str]
+    _stopped_by = 0
+    _asleep = False
 
     def add_arguments(self, parser: Any) -> None:
         """Add the arguments: the Durable, and which of its runs to resume."""
         parser.add_argument(
-            "durable",
-            nargs="?",
-            help="dotted path of the Durable (default: settings.AWAITLY_DURABLE)",
+            "args",
+            nargs="*",
+            metavar="DURABLE | ID",
+            help="the dotted path of the Durable (default: settings.AWAITLY_DURABLE), then ids",
         )
         parser.add_argument("--prefix", default="", help="only ids that start with this")
-        parser.add_argument("--limit", type=int, default=100, help="at most this many (100)")
+        parser.add_argument("--limit", type=int, help="at most this many in each pass")
+        parser.add_argument(
+            "--loop",
+            type=float,
+            metavar="SECONDS",
+            help="keep going, with a pause this long between passes",
+        )
+        parser.add_argument("--workers", type=int, default=1, help="this many at once (1)")
+        parser.add_argument(
+            "--verbose",
+            action="store_true",
+            help="a line for each workflow, tracebacks of failures",
+        )
 
-    def handle(self, *args: Any, **options: Any) -> None:
-        """Resume pending runs, and report each as it ends."""
-        durable = _durable(options["durable"] or getattr(settings, "AWAITLY_DURABLE", None))
-        watched = self.stdout.isatty() or options["verbosity"] > 1
-        styles = {"completed": self.style.SUCCESS, "suspended": self.style.WARNING}
-
-        def tell(outcome: Outcome) -> None:
-            if outcome.status == "failed":
-                error = outcome.error
-                self.stderr.write(
-                    f"failed     {printable(outcome.id)} (attempt {outcome.attempts}): "
-                    f"{type(error).__name__}: {printable(str(error))}"
-                )
-            elif watched:
-                style = styles.get(outcome.status, str)
-                self.stdout.write(f"{style(f'{outcome.status:<10}')} {printable(outcome.id)}")
-
+    def handle(self, *args: str, **options: Any) -> None:
+        """Resume runs, and report each as it ends."""
+        durables, ids = _durables_and_ids(args)
+        if ids and any(options[name] for name in ("prefix", "limit", "loop")):
+            raise CommandError("give either ids, or --prefix, --limit and --loop")
+        self._counts, pause = Counter(), options["loop"]
         try:
-            outcomes = durable.resume_pending(
-                prefix=options["prefix"], limit=options["limit"], on_progress=tell
-            )
+            with self._listening():
+                while True:
+                    try:
+                        self._pass(durables, ids, options)
+                    except StoreUnavailable as error:
+                        if not pause:
+                            raise
+                        self.stderr.write(printable(f"{error}; trying again in {pause:g} s"))
+                    if not pause:
+                        break
+                    self._sleep(pause)
+        except _Stopped:
+            sys.exit(0 if pause else 128 + self._stopped_by)
         except (StoreError, ValueError) as error:
             raise CommandError(str(error)) from error
-        failed = sum(outcome.status == "failed" for outcome in outcomes)
-        if watched:
-            self.stdout.write(f"{len(outcomes)} taken up, {failed} failed")
+        failed, total = self._counts["failed"], self._counts.total()
+        if self._is_watched(options):
+            self.stdout.write(f"{total} taken up, {failed} failed")
         if failed:
-            raise CommandError(f"{failed} of {len(outcomes)} workflows failed")
+            raise CommandError(f"{failed} of {total} workflows failed")
+
+    def _pass(
+        self, durables: Sequence[Durable], ids: Sequence[str], options: dict[str, Any]
+    ) -> None:
+        def report(outcome: Outcome) -> None:
+            self._counts[outcome.status] += 1
+            self._tell(outcome, options)
+            close_old_connections()  # as Django does between requests
+            if self._stopped_by:
+                raise _Stopped
+
+        close_old_connections()
+        for id in ids:
+            report(_resume(durables, id))
+        for durable in durables if not ids else ():
+            durable.resume_pending(
+                prefix=options["prefix"],
+                limit=options["limit"] or _ANY,
+                workers=options["workers"],
+                on_progress=report,
+            )
+
+    def _tell(self, outcome: Outcome, options: dict[str, Any]) -> None:
+        if outcome.status == "failed":
+            error = outcome.error
+            text = f"{type(error).__name__}: {printable(str(error))}"
+            if options["verbose"] and error is not None:
+                text = printable("\n" + "".join(traceback.format_exception(error)), keep="\n")
+            self.stderr.write(
+                f"failed     {printable(outcome.id)} (attempt {outcome.attempts}): {text}"
+            )
+        elif self._is_watched(options):
+            styles = {"completed": self.style.SUCCESS, "suspended": self.style.WARNING}
+            style = styles.get(outcome.status, str)
+            self.stdout.write(f"{style(f'{outcome.status:<10}')} {printable(outcome.id)}")
+
+    def _is_watched(self, options: dict[str, Any]) -> bool:
+        return bool(self.stdout.isatty() or options["verbose"] or options["verbosity"] > 1)
+
+    def _sleep(self, seconds: float) -> None:
+        try:
+            self._asleep = True
+            if not self._stopped_by:
+                time.sleep(seconds)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self._asleep = False
+        if self._stopped_by:
+            raise _Stopped
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Let SIGINT and SIGTERM stop the command after the current workflow; a second one, now."""
+
+        def stop(signum: int, frame: object) -> None:
+            at_once = self._asleep or self._stopped_by
+            self._stopped_by = signum
+            if at_once:
+                raise KeyboardInterrupt
+            # os.write, not print: the signal may have interrupted a print, which is not reentrant.
+            os.write(2, b"stopping after the current workflow; repeat to stop now\n")
+
+        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
 
-def _durable(path: str | None) -> Durable:
-    if not path:
+def _resume(durables: Sequence[Durable], id: str) -> Outcome:
+    """Resume a run with the Durable that knows its workflow."""
+    for durable in durables:
+        outcome = durable.try_resume(id)
+        if not isinstance(outcome.error, WorkflowNotFound):
+            break
+    return outcome
+
+
+def _durables_and_ids(args: Sequence[str]) -> tuple[list[Durable], Sequence[str]]:
+    """Return the Durables to work for, those of the tasks included, and the ids to resume."""
+    named = [args[0]] if args and "." in args[0] else []
+    path = named[0] if named else getattr(settings, "AWAITLY_DURABLE", None)
+    tasks, found, ids = _of_the_tasks(), [], args[len(named) :]
+    if path:
+        try:
+            found.append(_import(path))
+        except CommandError:
+            # The first argument may also be an id with a dot in it.
+            default = getattr(settings, "AWAITLY_DURABLE", None)
+            others = [*([_import(default)] if default and named else []), *tasks]
+            if not any(durable.has_state(path) for durable in others):
+                raise
+            return others, args
+    if not found and not tasks:
         raise CommandError(
             "which Durable? Give its dotted path, or set AWAITLY_DURABLE = 'shop.workflows.durable'"
         )
+    durables = [*found, *tasks]
+    if unknown := [id for id in ids if not any(durable.has_state(id) for durable in durables)]:
+        raise CommandError(f"nothing is stored as {', '.join(map(repr, unknown))}")
+    return durables, ids
+
+
+def _import(path: str) -> Durable:
     try:
         found = import_string(path)
     except ImportError as error:
@@ -69,3 +202,11 @@ def _durable(path: str | None) -> Durable:
     if not isinstance(found, Durable):
         raise CommandError(f"{path} is {type(found).__name__}, not a Durable")
     return found
+
+
+def _of_the_tasks() -> list[Durable]:
+    if not getattr(settings, "TASKS", None):
+        return []
+    from awaitly_postgres.contrib.django.tasks import Backend, task_backends
+
+    return [backend.durable for backend in task_backends.all() if isinstance(backend, Backend)]
