@@ -335,7 +335,7 @@ def _document(
         status,
         steps=history.steps,
         last_key=history.last_key,
-        metadata={} if status == "completed" else history.standing(suspended),
+        metadata={} if status == "completed" else history.unfinished_metadata(suspended),
         texts={},
     )
     return WorkflowSnapshot.from_json(_json.loads(text))

@@ -164,7 +164,7 @@ def test_the_edges_reach_into_nothing(file: Path) -> None:
 def test_only_what_works_on_connections_catches_the_drivers_errors() -> None:
     """The pool and a transaction where they give one up; elsewhere they are ours already."""
     catching = {file.stem for file in FILES if names_from_psycopg(file) & caught_names(file)}
-    assert catching == {"connection", "database", "pool", "transaction"}
+    assert catching == {"connection", "database", "loan", "pool", "transaction"}
 
 
 @pytest.mark.parametrize("name", PUBLIC)

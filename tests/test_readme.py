@@ -304,7 +304,8 @@ def test_command_exists(command: list[str]) -> None:
     elif words[:1] == ["manage.py"]:
         ours = ROOT / "awaitly_postgres/contrib/django/management/commands" / f"{words[1]}.py"
         assert (SHOP / "manage.py").exists()
-        assert ours.exists() or words[1] in get_commands()
+        # Uncached: other tests of this process may set Django up with more commands.
+        assert ours.exists() or words[1] in get_commands.__wrapped__()
     elif words[:1] == ["-m"] and words[1].startswith("tests."):
         module = ROOT.joinpath(*words[1].split("."), "__main__.py").read_text(encoding="utf-8")
         assert all(f'"{word}"' in module for word in words if word.startswith("--"))
@@ -326,7 +327,7 @@ def test_the_map_of_the_package_leads_somewhere() -> None:
     page = PAGES[".github/CONTRIBUTING.md"]
     section = page.partition("\n## Where to change what\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| .+? \| (`.+`) \| `(.+)` \|$", section, re.M)
-    assert len(rows) == 8
+    assert len(rows) == 13
     for names, where in rows:
         place = ROOT / "awaitly_postgres" / where
         files = [place] if place.is_file() else [*place.rglob("*.py"), *place.rglob("*.sql")]

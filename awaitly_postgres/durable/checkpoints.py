@@ -22,9 +22,9 @@ from .group import Group
 from .pending import pause_after
 from .transaction import StepTransaction
 
-# Both in characters. PostgreSQL moves a row larger than IN_ROW to its TOAST table, and rewriting it
-# there costs more than appending a step. Folding the journal is not worth it below FOLDED.
-IN_ROW, FOLDED = 2 * 1024, 8 * 1024
+# Both in characters. PostgreSQL moves rows larger than MAX_INLINE to its TOAST table, and rewriting
+# them there costs more than appending a step. Folding less than MIN_FOLDED is not worth it.
+MAX_INLINE, MIN_FOLDED = 2 * 1024, 8 * 1024
 
 
 @frozen
@@ -60,8 +60,8 @@ class Written:
         has grown as large as the snapshot; then one rewrite folds it in.
         """
         grown = self.appended + size
-        small = self.size + grown <= IN_ROW
-        due = grown >= max(FOLDED, self.size)
+        small = self.size + grown <= MAX_INLINE
+        due = grown >= max(MIN_FOLDED, self.size)
         return not (small or due or self.must_be_rewritten)
 
     def trying_append(self) -> Written:

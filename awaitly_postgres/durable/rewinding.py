@@ -65,7 +65,7 @@ class Rewinding(Options):
             _json.check_size(document, f"the snapshot for {id!r}")
             params |= {"snapshot": document, "forgotten": part.forgotten}
             sql = self.store._sql
-            if not self.store._db.told(lambda conn: fetch(conn, sql.rewind, params)):
+            if not self.store._db.run_once(lambda conn: fetch(conn, sql.rewind, params)):
                 raise LeaseLost(id)
         return part.forgotten
 
@@ -100,7 +100,7 @@ class Rewinding(Options):
         document = part.document({"submittedAt": datetime.now(timezone.utc).isoformat()})
         _json.check_size(document, f"the snapshot for {new_id!r}")
         params, sql = {"id": new_key, "snapshot": document, "pause": None}, self.store._sql
-        if not self.store._db.told(lambda conn: fetch(conn, sql.create, params)):
+        if not self.store._db.run_once(lambda conn: fetch(conn, sql.create, params)):
             there = self.store.load(new_id)
             name = as_mapping(there and there.metadata).get("workflow")
             raise WorkflowConflict(new_id, "workflow", repr(name), f"a fork of {id!r}")
@@ -120,7 +120,7 @@ class Rewinding(Options):
         """
         sql = self.store._sql
         with self._leased(id) as params:
-            due = self.store._db.told(lambda conn: fetch(conn, sql.make_due, params))
+            due = self.store._db.run_once(lambda conn: fetch(conn, sql.make_due, params))
         return bool(due)
 
     def _stored(self, id: str) -> WorkflowSnapshot:

@@ -123,7 +123,7 @@ class Database:
         """Run one idempotent statement and return how many rows it changed."""
         return self.run(lambda c: execute(c, statement, params), conn)
 
-    def told(self, work: Callable[[Connection], T], conn: Connection | None = None) -> T:
+    def run_once(self, work: Callable[[Connection], T], conn: Connection | None = None) -> T:
         """Run ``work`` in a transaction of its own, once: the answer survives a lost reply.
 
         When the reply to the commit is lost, the server is asked what became of the transaction.

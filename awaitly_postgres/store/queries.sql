@@ -248,8 +248,8 @@ WHERE id = ANY(%(ids)s::text[])
 -- Stores a run for each id that is not there yet: the same document with the input of each. The ids
 -- come sorted, so that two of these wait for each other's rows in the same order and cannot
 -- deadlock. Sent in a transaction whose outcome is looked up after a lost reply, because a second
--- try would find its own rows and call them old; see Database.told. Not a CTE with what sweeps the
--- journals (delete_many_journals, sent after it): Citus refuses that for rows of several shards.
+-- try would find its own rows and call them old; see Database.run_once. Not a CTE with what sweeps
+-- the journals (delete_many_journals, sent after it): Citus refuses that for several shards.
 INSERT INTO {snapshots} (id, snapshot, updated_at)
 SELECT id, jsonb_set({dated_document}, '{metadata,input}', input::jsonb), clock_timestamp()
 FROM unnest(%(ids)s::text[], %(inputs)s::text[]) AS given (id, input)
@@ -258,7 +258,7 @@ RETURNING id
 
 -- name: delete
 -- The count is the answer to the caller. It survives a lost reply because the transaction's
--- outcome is looked up then, instead of deleting again; see Database.told.
+-- outcome is looked up then, instead of deleting again; see Database.run_once.
 WITH gone AS (DELETE FROM {snapshots} WHERE id = %(id)s RETURNING 1)
 , swept AS ({clear_journal})  -- if journal
 SELECT (SELECT count(*) FROM gone)::int
@@ -596,7 +596,7 @@ SELECT 1 FROM cancelled
 -- lease that was taken to read the run, all or nothing. Signals are kept as in keep_signals, except
 -- those of the forgotten steps, whose waits can be answered again. A second try would find no
 -- lease, so it is sent in a transaction whose outcome is looked up after a lost reply; see
--- Database.told.
+-- Database.run_once.
 WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
 UPDATE {snapshots} SET

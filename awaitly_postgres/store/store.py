@@ -98,7 +98,9 @@ class SnapshotStore:
     def delete(self, id: str, *, conn: Connection | None = None) -> bool:
         """Delete what is stored as ``id``; tell whether there was anything."""
         params = {"id": self.key(id)}
-        return bool(self._db.told(lambda conn: fetch(conn, self._sql.delete, params), conn)[0][0])
+        return bool(
+            self._db.run_once(lambda conn: fetch(conn, self._sql.delete, params), conn)[0][0]
+        )
 
     def delete_many(self, ids: Iterable[str]) -> int:
         """Delete what is stored under these ids; return how many there were."""
@@ -322,7 +324,7 @@ class SnapshotStore:
         For a holder that is known to be dead. One that is alive after all writes nothing more.
         """
         params = {"id": self.key(id), "token": token}
-        return bool(self._db.told(lambda conn: execute(conn, self._sql.release, params)))
+        return bool(self._db.run_once(lambda conn: execute(conn, self._sql.release, params)))
 
     def close(self) -> None:
         """Close the pool, unless it is the caller's. The store cannot be used afterwards."""
@@ -386,4 +388,4 @@ class SnapshotStore:
             return len(gone)
 
         sql = self._sql
-        return self._db.told(work)
+        return self._db.run_once(work)

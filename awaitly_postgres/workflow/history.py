@@ -231,7 +231,7 @@ class History:
         if own:
             self._settled = self._gone_on_after  # to wait is to go on: earlier failures are settled
 
-    def standing(self, suspended: bool) -> dict[str, Any]:
+    def unfinished_metadata(self, suspended: bool) -> dict[str, Any]:
         """Return the waits, sleeps and settled failures of an unfinished run, for its metadata."""
         found: dict[str, Any] = {}
         if suspended:
