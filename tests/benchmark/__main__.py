@@ -26,7 +26,17 @@ import psycopg
 
 import awaitly_postgres
 
-from . import contention, picture, scale, start_up, step_cost, store_cost, summary, whole_runs
+from . import (
+    contention,
+    many,
+    picture,
+    scale,
+    start_up,
+    step_cost,
+    store_cost,
+    summary,
+    whole_runs,
+)
 from .contenders import prepare
 from .server import Server, own_server
 
@@ -34,6 +44,7 @@ HERE = Path(__file__).parent
 PARTS = {
     "steps": step_cost,
     "runs": whole_runs,
+    "many": many,
     "store": store_cost,
     "scale": scale,
     "start": start_up,
