@@ -44,7 +44,7 @@ def check_id(id: object, what: str = "id", room: int = 0) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{what} {id!r} contains a lone surrogate") from None
     if size > MAX_ID:
-        raise ValueError(f"{what} {id[:40]!r}… has {size:,} bytes, at most {MAX_ID:,} fit")
+        raise ValueError(f"{what} {id[:40]!r}… is {size:,} bytes long; the limit is {MAX_ID:,}")
     return str(id)
 
 
@@ -78,7 +78,7 @@ def check_seconds(duration: float | timedelta, name: str = "duration") -> float:
 
 
 def check_moment(time: datetime, name: str) -> datetime:
-    """Return ``time`` in UTC if it is aware and no further away than time goes, else raise."""
+    """Return ``time`` in UTC; raise if it is naive, or out of range in UTC."""
     if not isinstance(time, datetime):
         raise TypeError(f"{name} must be a datetime, not {type(time).__name__}")
     if time.utcoffset() is None:

@@ -195,19 +195,26 @@ class VersionMismatch(WorkflowError):
 class WorkflowDrift(WorkflowError):
     """The code no longer asks for its recorded steps; the run stopped, and nothing was erased.
 
-    ``key`` is the step it asked for instead (None: the function returned); ``unreached`` are the
-    keys of the recorded steps that it did not ask for.
+    ``key`` is the step or map it asked for instead (None: the function returned); ``unreached`` are
+    the keys of the recorded steps that it did not ask for. ``counts`` is how many items a map had
+    when it was recorded and how many it has now, if it asked for other items.
     """
 
     id: str | None
     key: str | None
     unreached: Sequence[str]
+    counts: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         did = "returned" if self.key is None else f"asked for step {self.key!r}"
+        did += f" before the recorded steps {_listed(self.unreached)}"
+        if self.counts is not None:
+            before, now = self.counts
+            did = f"asked for the map {self.key!r} over {now:,} items, recorded over {before:,}"
+            if self.unreached:
+                did += f", without the recorded steps {_listed(self.unreached)}"
         return (
-            f"{_subject(self.id)} {did} before the recorded steps "
-            f"{_listed(self.unreached)}: the code has changed since they were recorded, so the run "
+            f"{_subject(self.id)} {did}: the code has changed since they were recorded, so the run "
             "was stopped. Restore the old steps, increase version= with a migration, or delete the "
             "state."
         )

@@ -17,12 +17,13 @@ from .errors import SnapshotFormatError
 FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
 # Metadata that holds for one snapshot only: the next one writes it anew or leaves it out.
-OF_THIS_MOMENT = (
-    "output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt", "gaveUpAt", "deadlines"
+TRANSIENT_METADATA = (
+    "output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt", "gaveUpAt",
+    "deadlines", "refusal",
 )  # fmt: skip
 # All metadata that this package writes. What the user gives is stored under "custom".
 OURS = (
-    *OF_THIS_MOMENT, "input", "workflow", "version", "attempts", "submittedAt", "cancelledAt",
+    *TRANSIENT_METADATA, "input", "workflow", "version", "attempts", "submittedAt", "cancelledAt",
     "lastStepKey", "signals", "custom", "keyGeneration",
 )  # fmt: skip
 _OBJECT = (dict, Mapping)  # dict first: isinstance with the abstract class dominates otherwise
@@ -296,7 +297,7 @@ def compose(
     if status != "running":
         execution["completedAt"] = now
     told = dict((base.metadata if base else None) or {})
-    for name in (*OF_THIS_MOMENT, *texts):
+    for name in (*TRANSIENT_METADATA, *texts):
         told.pop(name, None)
     told.update(metadata)
     if last_key is not None:

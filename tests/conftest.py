@@ -133,6 +133,13 @@ def db(url: str) -> Iterator[psycopg.Connection]:
 
 
 @pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a store look soon what is wrong when its pool gives it no connection."""
+    monkeypatch.setattr("awaitly_postgres.store.database.PATIENCE", 0.2)
+    monkeypatch.setattr("awaitly_postgres.store.pool.CONNECT_TIMEOUT", 2)  # libpq's least
+
+
+@pytest.fixture
 def proxy(url: str) -> Iterator[Proxy]:
     proxy = Proxy(url)
     yield proxy

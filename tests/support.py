@@ -1,10 +1,12 @@
-"""What several test files share: places, waiting, interrupts, the tables, a lossy network."""
+"""What several test files share: places, waiting, interrupts, the tables, slow and lossy peers."""
 
 from __future__ import annotations
 
 import _thread
 import math
+import os
 import select
+import signal
 import socket
 import threading
 import time
@@ -16,6 +18,8 @@ from typing import Any, Literal
 
 import psycopg
 from psycopg.conninfo import make_conninfo
+
+from awaitly_postgres import SnapshotStore
 
 DB = psycopg.Connection
 HERE = Path(__file__).parent
@@ -82,6 +86,38 @@ def restore(db: DB, photo: dict[str, list[str]]) -> None:
         for text in rows:
             db.execute(f"INSERT INTO {table} SELECT (%s::{table}).*", [text])
     db.execute("UPDATE awaitly_workflow_lock SET expires_at = clock_timestamp()")
+
+
+# -- a backend that is slow ----------------------------------------------------------------
+
+
+def stop_the_backend(store: SnapshotStore) -> int:
+    """Stop it, and have its connection cut when the next statement has been sent to it."""
+    conn = next(iter(store._db.pool.opened()._pool))
+    pid, descriptor = conn.info.backend_pid, conn.fileno()
+    os.kill(pid, signal.SIGSTOP)
+
+    def cut() -> None:
+        threading.Event().wait(0.3)  # for the statement to be on its way
+        shut_down(descriptor)
+
+    threading.Thread(target=cut).start()
+    return int(pid)
+
+
+def wake(stopped: list[int], db: DB) -> None:
+    """Let the backends go on, and wait until they have done what they were sent and are gone."""
+    gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
+    for pid in stopped:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+    while db.execute(gone, (stopped,)).fetchone()[0]:
+        db.execute("SELECT pg_sleep(0.01)")
+
+
+def shut_down(descriptor: int) -> None:
+    with socket.socket(fileno=os.dup(descriptor)) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 # -- a network that loses things -----------------------------------------------------------

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, SnapshotStore
+from awaitly_postgres.testing import crash_everywhere
 from tests.support import EXAMPLES
 
 RUN = "quickstart:checkout-123"
@@ -76,7 +77,7 @@ def stored(db: psycopg.Connection) -> tuple[Any, ...]:
 # -- quickstart.py -------------------------------------------------------------------------
 
 
-def test_quickstart_tells_the_whole_story_at_its_first_start(
+def test_quickstart_tells_the_whole_story_at_its_first_start_and_runs_nothing_at_its_second(
     start: Start, db: psycopg.Connection
 ) -> None:
     """One process dies after two steps, the next replays these two and runs only the others."""
@@ -86,15 +87,11 @@ def test_quickstart_tells_the_whole_story_at_its_first_start(
     assert first.replayed == ["reserve-stock", "charge-card"]
     died = first.stdout.index("killed")
     assert first.stdout.index("ran       charge-card") < died < first.stdout.index("replayed")
-    snapshot, _ = stored(db)
+    before = stored(db)
+    snapshot, _ = before
     assert snapshot["execution"]["status"] == "completed"
     assert snapshot["metadata"]["attempts"] == 1  # it has got further since
 
-
-def test_quickstart_runs_nothing_at_its_second_start(start: Start, db: psycopg.Connection) -> None:
-    """Started again it returns the recorded order and leaves the database as it is."""
-    first = start("quickstart.py")
-    before = stored(db)
     second = start("quickstart.py")
     assert (second.returncode, second.ran, second.replayed) == (0, [], [])
     assert "'order': 'A-1001'" in second.stdout
@@ -104,10 +101,10 @@ def test_quickstart_runs_nothing_at_its_second_start(start: Start, db: psycopg.C
     assert stored(db) == before
 
 
-def test_quickstart_resumes_what_an_earlier_start_left_half_done(
+def test_quickstart_resumes_what_an_earlier_start_left_half_done_and_begins_anew_when_told_to(
     start: Start, db: psycopg.Connection
 ) -> None:
-    """A start that dies half way leaves two steps; the next start runs the remaining two."""
+    """Two steps are left of a start that dies halfway, and nothing with --fresh."""
     died = start("quickstart.py", "--die")
     assert (died.returncode, died.ran) == (9, ["reserve-stock", "charge-card"])
     half = stored(db)[0]
@@ -118,10 +115,6 @@ def test_quickstart_resumes_what_an_earlier_start_left_half_done(
     whole = stored(db)[0]
     assert {key: whole["steps"][key] for key in half["steps"]} == half["steps"]
 
-
-def test_quickstart_begins_anew_when_told_to(start: Start) -> None:
-    """With --fresh the recorded run is forgotten and every step runs again."""
-    start("quickstart.py")
     again = start("quickstart.py", "--fresh")
     assert again.ran == ["reserve-stock", "charge-card", "create-order", "send-receipt"]
 
@@ -283,3 +276,25 @@ def test_transactional_step_moves_nothing_when_it_fails(
     db.execute("UPDATE example_accounts SET balance = 40 WHERE name = 'ada'")
     assert start("transactional_step.py", "transfer-2").returncode == 0
     assert balances(db) == {"ada": 10, "bob": 60}
+
+
+# -- all of their workflows ----------------------------------------------------------------
+
+
+def test_the_checkout_survives_a_crash_everywhere(shop: Any) -> None:
+    """That of the cron job: the card is declined, or it is charged and the order written."""
+    for amount in (shop.LIMIT, shop.LIMIT + 1):
+        charged = crash_everywhere(shop.checkout, "ada", amount)
+        assert ("create-order" in charged) is (amount == shop.LIMIT)
+
+
+def test_the_transfer_survives_a_crash_everywhere(
+    db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the trial has moved is rolled back."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("transactional_step")
+    db.execute(example.ACCOUNTS)
+    monkeypatch.setitem(example.mail_server, "up", True)
+    assert crash_everywhere(example.transfer, "ada", "bob", 1, conn=db)["move"] > 1
+    assert balances(db) == {"ada": 100, "bob": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import signal
 import socket
 import subprocess
@@ -17,9 +18,11 @@ import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import psycopg
 import pytest
+from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import SnapshotStore
 from tests.chromium import chromium
@@ -51,36 +54,54 @@ def flask(url: str, command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture
-def shop(url: str, tmp_path: Path) -> Iterator[str]:
-    """The address of the example, with two workers ready."""
-    assert flask(url, "init").returncode == 0
-    with socket.socket() as listener:
+@pytest.fixture(scope="module")
+def site(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[SimpleNamespace]:
+    """The example with two workers ready, on a schema of this file's own."""
+    schema = f"test_{secrets.token_hex(6)}"
+    url = make_conninfo(server, options=f"-c search_path={schema}")
+    with psycopg.connect(server, autocommit=True) as admin, socket.socket() as listener:
+        admin.execute(f"CREATE SCHEMA {schema}")
+        assert flask(url, "init").returncode == 0
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         os.set_inheritable(listener.fileno(), True)
-        port = listener.getsockname()[1]
-        server = subprocess.Popen(
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        folder = str(tmp_path_factory.mktemp("gunicorn"))
+        process = subprocess.Popen(
             [*GUNICORN, "--bind", f"fd://{listener.fileno()}", "flask_checkout:app"],
             cwd=EXAMPLES,
-            env={**os.environ, "DATABASE_URL": url, "XDG_RUNTIME_DIR": str(tmp_path)},
+            env={**os.environ, "DATABASE_URL": url, "XDG_RUNTIME_DIR": folder},
             pass_fds=(listener.fileno(),),
             stderr=subprocess.PIPE,
             text=True,
         )
         log: list[str] = []
-        reader = threading.Thread(target=lambda: log.extend(server.stderr))
+        reader = threading.Thread(target=lambda: log.extend(process.stderr))
         reader.start()
         try:
-            address = f"http://127.0.0.1:{port}"
             assert fetch(f"{address}/health")[0] == 200
-            yield address
+            yield SimpleNamespace(url=url, address=address, log=log)
         finally:
-            server.terminate()
-            server.wait(timeout=60)
+            process.terminate()
+            process.wait(timeout=60)
             reader.join()
-            server.stderr.close()
-            assert "Traceback" not in "".join(log), "".join(log)
+            process.stderr.close()
+            admin.execute(f"DROP SCHEMA {schema} CASCADE")
+
+
+@pytest.fixture
+def url(site: SimpleNamespace) -> str:
+    """The database of the example."""
+    return site.url
+
+
+@pytest.fixture
+def shop(site: SimpleNamespace, db: psycopg.Connection) -> Iterator[str]:
+    """The address of the example, of which nothing was ordered yet."""
+    yield site.address
+    tables = "awaitly_snapshots, awaitly_snapshots_steps, awaitly_workflow_lock"
+    db.execute(f"TRUNCATE shop_orders, {tables}")
+    assert "Traceback" not in "".join(site.log), "".join(site.log)
 
 
 @pytest.fixture

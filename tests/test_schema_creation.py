@@ -214,9 +214,10 @@ def test_tables_made_in_a_callers_transaction_share_its_end(
 
 
 def test_tables_being_made_in_an_open_transaction_are_not_waited_for_for_ever(
-    make_store: MakeStore, url: str
+    make_store: MakeStore, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread that has it open may be the one that waits: an error, not a deadlock."""
+    monkeypatch.setattr("awaitly_postgres.store.database._DDL_PATIENCE", "1s")
     store = make_store(retry_for=0)
     with psycopg.connect(url) as conn:
         store.save("order", SNAPSHOT, conn=conn)

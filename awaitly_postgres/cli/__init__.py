@@ -44,7 +44,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="awaitly-postgres")
 @click.pass_context
 def cli(ctx: click.Context, /, **place: Any) -> None:
-    """Look after the workflows that awaitly-postgres has stored, and finish them.
+    """Inspect, steer and resume stored workflows.
 
     Exit status: 0 done; 1 something failed; 2 wrong input, or no connection: nothing was done.
     """

@@ -1,4 +1,4 @@
-"""The command for before a deploy: check."""
+"""The pre-deploy command: check."""
 
 from __future__ import annotations
 

@@ -28,8 +28,9 @@ _GAP = 2  # columns
 
 
 def to_json(row: RunInfo, fields: Sequence[str] = _LISTED) -> dict[str, Any]:
-    """Return what ``--json`` prints for a run: fields under their own names."""
-    return {name: getattr(row, name) for name in fields}
+    """Return what ``--json`` prints for a run: fields under their own names, maps if it has any."""
+    maps = {"maps": row.maps} if row.maps else {}
+    return {name: getattr(row, name) for name in fields} | maps
 
 
 def listing(rows: Sequence[RunInfo], columns: int | None) -> Segments:
@@ -41,7 +42,7 @@ def listing(rows: Sequence[RunInfo], columns: int | None) -> Segments:
 
 
 def _cells(row: RunInfo) -> Cells:
-    steps, next = f"{row.step_count}", row.what_next
+    steps, next = row.progress or f"{row.step_count}", row.what_next
     cells = (row.id, row.state, age(row.age), steps, row.held_by, next, row.workflow)
     return tuple(printable(cell or "-") for cell in cells)
 

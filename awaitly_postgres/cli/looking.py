@@ -105,7 +105,7 @@ def watch(place: Place, prefix: str, state: State | None, interval: float) -> No
 
     def screen() -> Group:
         rows = list(_walk(durable, prefix, state, max(out.height - 2, 1)))
-        now = f"every {interval:g} s, {time.strftime('%H:%M:%S')}, Ctrl-C ends it"
+        now = f"every {interval:g} s, {time.strftime('%H:%M:%S')}, Ctrl-C to quit"
         return Group(segments([[(now, "dim")]]), listing(rows, out.width))
 
     with suppress(KeyboardInterrupt), Live(console=out, screen=True, auto_refresh=False) as live:

@@ -80,7 +80,7 @@ def span(seconds: float) -> str:
 
 
 def in_lines(text: str, columns: int | None = None) -> list[str]:
-    """Take a text apart for printing: its lines, cut or wrapped nowhere in a pipe, and harmless."""
+    """Split a text into lines to print: escaped, and not wrapped when ``columns`` is None."""
     lines = printable(text.expandtabs(), keep="\n").split("\n")
     if columns is None:
         return lines

@@ -8,7 +8,7 @@ from typing import Any
 from attrs import define, frozen
 from rich.cells import cell_len
 
-from ..store.rows import RunInfo, StepInfo, age, elide_steps, is_input, printable
+from ..store.rows import RunInfo, StepInfo, age, elide_steps, fold_maps, is_input, printable
 from .listing import to_json
 from .text import Line, as_json, fit, in_lines, out, span
 
@@ -62,7 +62,8 @@ def _facts(row: RunInfo, most: int | None) -> Iterator[tuple[str, str, str]]:
         yield "lease", f"held by {row.held_by}, {left} left unless renewed", "running"
     if row.state == "running":
         last = max(row.steps, key=_seq, default=None)
-        yield "current", f"the step after {last.key}" if last else "before the first step", ""
+        current = f"the step after {last.key}" if last else "before the first step"
+        yield "current", row.progress or current, ""
     if row.what_next:
         yield "next", row.what_next, "waiting"
     if row.metadata:
@@ -122,14 +123,17 @@ class _Bar:
 def timeline(steps: Sequence[StepInfo], columns: int | None, everything: bool) -> Iterator[Line]:
     """Show each step as a bar on a time axis; of many steps, only the interesting ones.
 
+    A map is one bar, with how many of its items have completed; items that failed follow it.
     Long pauses (a sleep, a night until the next attempt) are cut out of the axis and shown as text.
     """
+    count = f"{len(steps):,} step{'' if len(steps) == 1 else 's'}"
+    work = span(sum(step.seconds for step in steps))
+    steps = steps if everything else fold_maps(steps)
     bars = [_Bar(s, None if s.started_at is None else s.started_at.timestamp()) for s in steps]
     length = _lay_out(bars)
     measured = any(bar.at is not None for bar in bars)
     wall = length + sum(bar.pause for bar in bars)
-    count = f"{len(bars):,} step{'' if len(bars) == 1 else 's'}"
-    yield [(f"{count}, {_work(bars)} of work in {span(wall)}" if measured else count, "head")]
+    yield [(f"{count}, {work} of work in {span(wall)}" if measured else count, "head")]
 
     shown = elide_steps(steps, len(steps) if everything else _MANY)
     space = _space([bars[i] for i in shown], columns)
@@ -138,8 +142,8 @@ def timeline(steps: Sequence[StepInfo], columns: int | None, everything: bool) -
     for i in shown:
         bar, hidden = bars[i], bars[last + 1 : i]
         if hidden:
-            work = f", {_work(hidden)}" if measured else ""
-            yield [(f"{dots} {len(hidden):,} more{work}", "dim")]
+            of_work = f", {_work(hidden)}" if measured else ""
+            yield [(f"{dots} {len(hidden):,} more{of_work}", "dim")]
         if pause := sum(other.pause for other in (*hidden, bar)):
             yield [(f"{dots} {span(pause)} later", "dim")]
         yield _step(bar, length, space)
@@ -183,7 +187,7 @@ def _step(bar: _Bar, length: float, space: _Space) -> Line:
         drawn = " " * start + stroke * min(round(step.seconds * scale), space.bar - start)
         drawn = drawn if drawn.strip() else drawn + dot
         line += [(f"  {_work([bar]):>7}", "dim"), (f"  {drawn}", style)]
-    if space.value and step.ok:
+    if space.value and step.ok and step.map_count == 0:
         value = fit(as_json(step.value, 4 * space.value), space.value)
         line.append((" " * (space.bar + 2 - len(drawn)) + value.rstrip(), "dim"))
     return line

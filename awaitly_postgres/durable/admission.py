@@ -26,7 +26,7 @@ from ..store.rows import decode_snapshot
 from ..store.statements import Statements
 from ..workflow import failure
 from .checkpoints import Checkpoints
-from .pending import has_no_starts_left, pause_after
+from .pending import attempts_are_exhausted, pause_after
 from .registry import Entry
 
 
@@ -37,7 +37,7 @@ class TouchedMeanwhile(AwaitlyError):
         super().__init__(f"another process got to {id!r} first")
 
 
-class NoStartsLeft(WorkflowError):
+class AttemptsExhausted(WorkflowError):
     """The run was started ``max_attempts`` times, and each time ended without a record."""
 
     def __init__(self, id: str, attempts: int) -> None:
@@ -84,7 +84,7 @@ class Finished:
 class GivenUp:
     """Not admitted: the run has no starts left, and is stored as failed for good."""
 
-    error: NoStartsLeft
+    error: AttemptsExhausted
 
 
 @define(eq=False)
@@ -104,12 +104,15 @@ class Admission:
     _may_have_lease: bool = False  # asked for: an exception may have struck before the answer came
     _pid: int = field(factory=os.getpid)
 
-    def admit(self, found: Found | None, as_it_was: bool) -> New | TakenUp | Finished | GivenUp:
+    def admit(
+        self, found: Found | None, only_if_unchanged: bool
+    ) -> New | TakenUp | Finished | GivenUp:
         """Acquire the lease, and count the start before any of the user's code runs.
 
         Args:
             found: the run as it was read before the lease was asked for; None reads it here.
-            as_it_was: raise `TouchedMeanwhile` if it was written since. For `resume_pending`.
+            only_if_unchanged: raise `TouchedMeanwhile` if it was written since; for
+                `resume_pending`.
         """
         if found is None:
             begun = self._begin()
@@ -129,16 +132,18 @@ class Admission:
                 found = Found.of(self.id, rows[0])
             if self._is_finished(found.snapshot):
                 return Finished(found.snapshot)
-            if not as_it_was:
+            if not only_if_unchanged:
                 # Refused before the start is counted. From `resume_pending` it is refused after, in
                 # `Session._restore`, so that the run backs off.
                 self.entry.check_version(self.id, found.snapshot)
             self._acquire()
-            if as_it_was and has_no_starts_left(starts := _starts_of(found), self.max_attempts):
+            if only_if_unchanged and attempts_are_exhausted(
+                starts := _starts_of(found), self.max_attempts
+            ):
                 return self._give_up(found, starts)
             if (taken := self._take_up(found)) is not None:
                 return TakenUp(taken)
-            if as_it_was:
+            if only_if_unchanged:
                 raise TouchedMeanwhile(self.id)
             found = None
 
@@ -222,19 +227,36 @@ class Admission:
         because its code has changed, so nothing could be recorded then.
         """
         self._checkpoints.attempts = attempts
-        error = NoStartsLeft(self.id, attempts)
+        error = AttemptsExhausted(self.id, attempts)
         reason = failure.run_to_json(WorkflowError(str(error)))  # a class that cannot move
-        if (earlier := (found.snapshot.metadata or {}).get("failure")) is not None:
+        metadata = found.snapshot.metadata or {}
+        if (earlier := metadata.get("refusal", metadata.get("failure"))) is not None:
             reason["cause"] = earlier
         params = {
             **self._checkpoints.next_write(),
             "seen": found.written_at,
             "failure": _json.dumps(reason),
         }
-        if not self._db.told(lambda conn: fetch(conn, self._sql.give_up, params)):
+        if not self._db.run_once(lambda conn: fetch(conn, self._sql.give_up, params)):
             raise TouchedMeanwhile(self.id)
         self.finished()
         return GivenUp(error)
+
+    def refuse(self, error: Exception) -> None:
+        """Store why this code cannot continue the run, for people to see, and release the lease.
+
+        The run has not failed: the code is wrong, not the record. The note stays until the next
+        start. If it cannot be written, `release` is all that is left to do.
+        """
+        if os.getpid() != self._pid or self.lease is None:
+            return
+        note = _json.dumps(failure.run_to_json(error))
+        params = {**self._checkpoints.next_write(), "refusal": note}
+        with suppress(AwaitlyError):
+            # None changed: a thread of the run has recorded a step meanwhile, or this was repeated
+            # after a lost reply.
+            if self._db.count(self._sql.refuse, params):
+                self.finished()
 
     def _is_finished(self, stored: WorkflowSnapshot) -> bool:
         """Return whether a recorded output can be returned.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
@@ -18,12 +18,13 @@ from ..store.rows import decode_snapshot
 from ..store.statements import Statements
 from ..store.transaction import OpenTransaction
 from ..workflow.history import History
+from .group import Group
 from .pending import pause_after
 from .transaction import StepTransaction
 
-# Both in characters. PostgreSQL moves a row larger than IN_ROW to its TOAST table, and rewriting it
-# there costs more than appending a step. Folding the journal is not worth it below FOLDED.
-IN_ROW, FOLDED = 2 * 1024, 8 * 1024
+# Both in characters. PostgreSQL moves rows larger than MAX_INLINE to its TOAST table, and rewriting
+# them there costs more than appending a step. Folding less than MIN_FOLDED is not worth it.
+MAX_INLINE, MIN_FOLDED = 2 * 1024, 8 * 1024
 
 
 @frozen
@@ -59,13 +60,13 @@ class Written:
         has grown as large as the snapshot; then one rewrite folds it in.
         """
         grown = self.appended + size
-        small = self.size + grown <= IN_ROW
-        due = grown >= max(FOLDED, self.size)
+        small = self.size + grown <= MAX_INLINE
+        due = grown >= max(MIN_FOLDED, self.size)
         return not (small or due or self.must_be_rewritten)
 
     def trying_append(self) -> Written:
         """Return the state while an append is under way: the journal may already have the step."""
-        return evolve(self, journal_is_empty=False)
+        return evolve(self, journal_is_empty=False) if self.journal_is_empty else self
 
     def after_append(self, key: str, size: int) -> Written:
         """Return the state after an append of ``size`` characters that has landed."""
@@ -119,24 +120,34 @@ class Checkpoints:
     # the thread that holds it must still be able to settle the commit and finish the run.
     turn: threading.RLock = field(factory=threading.RLock)
     _pid: int = field(factory=os.getpid)
+    _group: Group = field(init=False)
+
+    def __attrs_post_init__(self) -> None:
+        self._group = Group(self._record_group)
 
     # -- the recorder of a run -------------------------------------------------------------
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
-        """Write one step in one statement, which is retried if its reply is lost."""
-        step: str | None = None
+        """Write one step, in one statement with those of other threads that wait by then."""
+        self._refuse_in_a_fork(f"before step {key!r} returns")  # its locks may be held for ever
+        self._group.record(key, enter)
+
+    def _record_group(self) -> None:
+        """Write the steps that wait in one statement, which is retried if its reply is lost.
+
+        A retry writes those of the first try again, unchanged, so that it makes no difference
+        whether that has landed; steps that wait by then join them.
+        """
 
         def work(conn: Connection) -> bool:
-            nonlocal step
             with self.turn:
-                self.refuse_if_not_ours(f"before step {key!r} returns")
-                # Only on the first try: a retry must write the same step with the same number, so
-                # that it makes no difference whether the lost try landed.
-                step = enter() if step is None else step
-                self._note_progress(step)
-                if self._sql.journal and self.written.takes_appended(len(key) + len(step)):
-                    return self._append(conn, self._sql.append, key, step)
-                return self._rewrite(conn)
+                self.refuse_if_not_ours("before its steps return")
+                group = self._group.entered()
+                steps = {step.key: str(step.step) for step in group}
+                landed = not steps or self._write(conn, steps)
+                for step in group if landed else ():
+                    step.recorded = True
+                return landed
 
         if not self.db.run(work):
             raise LeaseLost(self.id)
@@ -220,6 +231,8 @@ class Checkpoints:
                 self.refuse_if_not_ours("instead of returning")
                 ending()
                 tries += 1
+                # Their statement is being retried; the final snapshot has them.
+                in_flight = self._group.in_flight()
                 if compose is None:
                     return bool(fetch(conn, self._sql.discard, self.next_write()))
                 # Composed once: from a retry, the caller can tell by the document whether an
@@ -229,7 +242,10 @@ class Checkpoints:
                     self._sql.finish if self.written.journal_is_empty else self._sql.finish_and_fold
                 )
                 params = {**self.next_write(), "snapshot": document, "pause": pause}
-                return bool(execute(conn, finish, params, prepare=True))
+                done = bool(execute(conn, finish, params, prepare=True))
+                for step in in_flight if done else ():
+                    step.recorded = True
+                return done
 
         return self.db.run(work), tries, document
 
@@ -239,15 +255,18 @@ class Checkpoints:
         A forked child would write under its parent's lease. While the outcome of a step's commit is
         unknown, any other write could record the step although it was rolled back.
         """
-        if os.getpid() != self._pid:
-            raise WorkflowError(
-                f"process {os.getpid()} was forked inside the run of {self.id!r} and must not "
-                f"write to it; end the child process with os._exit() {what}"
-            )
+        self._refuse_in_a_fork(what)
         if self.in_doubt is not None:
             raise StoreUnavailable(
                 f"the connection was lost while step {self.in_doubt!r} of {self.id!r} was being "
                 "committed, and the outcome of the commit is not known yet; resume the run"
+            )
+
+    def _refuse_in_a_fork(self, what: str) -> None:
+        if os.getpid() != self._pid:
+            raise WorkflowError(
+                f"process {os.getpid()} was forked inside the run of {self.id!r} and must not "
+                f"write to it; end the child process with os._exit() {what}"
             )
 
     # -- what is written -------------------------------------------------------------------
@@ -266,7 +285,7 @@ class Checkpoints:
             "ttl": self.ttl,
             "token": self.token,
             "number": written.number,
-            "tokens": tokens,
+            "tokens": _array(tokens),
             "base": tokens[0],
             "next": tokens[-1],
             "last": written.last_appended,
@@ -280,20 +299,28 @@ class Checkpoints:
     def _numbered(self, number: int) -> str:
         return f"{self.token}#{number}" if number else self.token
 
-    def _note_progress(self, step: str) -> None:
-        if step.startswith('{"ok":true'):
+    def _note_progress(self, steps: Iterable[str]) -> None:
+        progressed = any(step.startswith('{"ok":true') for step in steps)
+        if progressed and not self.written.has_progressed:
             self.written = evolve(self.written, has_progressed=True)
 
-    def _append(self, conn: Connection, statement: bytes, key: str, step: str) -> bool:
-        params = {**self.next_write(), "key": key, "step": step}
+    def _write(self, conn: Connection, steps: Mapping[str, str]) -> bool:
+        """Write steps that the history has, by key, whichever way is cheaper."""
+        self._note_progress(steps.values())
+        if self._sql.journal and self.written.takes_appended(_size(steps)):
+            return self._append(conn, self._sql.append, steps)
+        return self._rewrite(conn)
+
+    def _append(self, conn: Connection, statement: bytes, steps: Mapping[str, str]) -> bool:
+        params = {**self.next_write(), "steps": _json.join(steps)}
         # Valid only on the last rewrite known to have landed. If this append arrives late, after a
-        # newer rewrite, it must change nothing: that rewrite does not count on this step, and the
-        # end of the run would leave it behind in a journal believed empty.
-        params["tokens"] = [params["base"]]
+        # newer rewrite, it must change nothing: that rewrite does not count on these steps, and the
+        # end of the run would leave them behind in a journal believed empty.
+        params["tokens"] = _array([params["base"]])
         self.written = self.written.trying_append()
         if not execute(conn, statement, params, prepare=True):
             return False
-        self.written = self.written.after_append(key, len(key) + len(step))
+        self.written = self.written.after_append([*steps][-1], _size(steps))
         return True
 
     def _rewrite(self, conn: Connection, expired: str | None = None) -> bool:
@@ -317,10 +344,10 @@ class Checkpoints:
         that another thread or a signal has changed since the transaction began.
         """
         sql = self._sql
-        self._note_progress(step)
+        self._note_progress([step])
         if sql.journal:
             statement = sql.append_isolated if isolated else sql.append_in_transaction
-            return self._append(conn, statement, key, step)
+            return self._append(conn, statement, {key: step})
         if not isolated:
             return self._rewrite(conn)
         params = {**self.next_write(), "snapshot": self.document(), "pause": self._pause()}
@@ -362,3 +389,12 @@ class Checkpoints:
     @property
     def _sql(self) -> Statements:
         return self.db.sql
+
+
+def _array(tokens: Iterable[str]) -> str:
+    """Write a PostgreSQL array of text. As a list, psycopg would take longer than for all else."""
+    return f"{{{','.join(map(_json.quote, tokens))}}}"
+
+
+def _size(steps: Mapping[str, str]) -> int:
+    return sum(len(key) + len(step) for key, step in steps.items())

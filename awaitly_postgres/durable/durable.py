@@ -22,7 +22,7 @@ from ..workflow.step import Step
 from ..workflow.workflow import name_of
 from .checking import Checking
 from .looking import Looking
-from .options import check_verdicts
+from .options import check_retry_options
 from .pending import Backoff
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
@@ -118,7 +118,9 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
             raise TypeError(f"version must be an integer, not {version!r}")
         if on_version_mismatch not in ("error", "clear") and not callable(on_version_mismatch):
             raise ValueError("on_version_mismatch must be 'error', 'clear' or a function")
-        check_verdicts(None if isinstance(max_attempts, EllipsisType) else max_attempts, backoff)
+        check_retry_options(
+            None if isinstance(max_attempts, EllipsisType) else max_attempts, backoff
+        )
 
         def register(fn: F) -> F:
             rules = (version, on_version_mismatch, max_attempts, backoff)

@@ -19,6 +19,7 @@ from ..store.rows import (
     StepInfo,
     check_state,
     decode_snapshot,
+    maps_of,
     steps_of,
     traceback_of,
 )
@@ -62,12 +63,13 @@ class Looking(Options):
         info = RunInfo.from_columns(columns, store.prefix)
         steps = tuple(_with_error(step, snapshot) for step in steps_of(snapshot))
         metadata = snapshot.metadata or {}
-        info = evolve(info, steps=steps, step_count=len(steps), input=metadata.get("input"))
+        info = evolve(info, steps=steps, step_count=len(steps), maps=maps_of(steps))
+        info = evolve(info, input=metadata.get("input"))
         if info.state == "completed":
             return evolve(info, result=self._result(info, metadata.get("output")))
         if info.state == "cancelled":
             return evolve(info, error=WorkflowCancelled(id))
-        failure = metadata.get("failure")
+        failure = metadata.get("refusal", metadata.get("failure"))  # the later one
         if not isinstance(failure, Mapping):
             return info
         return evolve(

@@ -41,11 +41,11 @@ class Options:
         check_on_drift(self.on_drift)
         if self.on_complete not in ("keep", "delete"):
             raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
-        check_verdicts(self.max_attempts, self.backoff)
+        check_retry_options(self.max_attempts, self.backoff)
         encode(None, self.metadata, "metadata=")
 
 
-def check_verdicts(max_attempts: int | None, backoff: object) -> None:
+def check_retry_options(max_attempts: int | None, backoff: object) -> None:
     """Raise unless these can decide which failures are final."""
     if max_attempts is not None:
         check_limit(max_attempts, "max_attempts")

@@ -1,4 +1,4 @@
-"""When a run is due again, and in which order a worker takes up pending runs."""
+"""How long a failed run pauses, and in which order a worker takes up pending runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..store.store import Infos
 
 PAGE = 100  # entries in one listing
 LONGEST_PAUSE = 3600.0  # seconds
-NO_MORE = math.inf  # the pause of a run that is given up
+GIVE_UP = math.inf  # the pause of a run that is given up
 
 Backoff = Callable[[Exception, int], float | timedelta | None]
 
@@ -32,27 +32,27 @@ def pause_after(attempts: int) -> float:
     return min(2.0 ** min(attempts - 1, 12), LONGEST_PAUSE)
 
 
-def verdict(
+def retry_delay(
     error: Exception, attempt: int, max_attempts: int | None, backoff: Backoff | None
 ) -> float:
-    """Return the seconds before a run that has failed is due again; `NO_MORE` if it is given up.
+    """Return the seconds before a run that has failed is due again; `GIVE_UP` if it is given up.
 
     A ``backoff`` that fails, or returns what is no pause, is logged and does not decide: a slip in
     it must neither end a run for good nor keep the failure from being recorded.
     """
-    if has_no_starts_left(attempt, max_attempts):
-        return NO_MORE
+    if attempts_are_exhausted(attempt, max_attempts):
+        return GIVE_UP
     if backoff is None:
         return pause_after(attempt)
     try:
         pause = backoff(error, attempt)
-        return NO_MORE if pause is None else check_seconds(pause, "what backoff returns")
+        return GIVE_UP if pause is None else check_seconds(pause, "what backoff returns")
     except Exception:
         _log.exception("backoff failed for %s at attempt %d", type(error).__name__, attempt)
         return pause_after(attempt)
 
 
-def has_no_starts_left(attempts: int, max_attempts: int | None) -> bool:
+def attempts_are_exhausted(attempts: int, max_attempts: int | None) -> bool:
     """Tell whether a run that was started so often is not started again by itself."""
     return max_attempts is not None and attempts >= max_attempts
 
@@ -120,6 +120,6 @@ class Queue:
     def _length(self) -> int:
         return PAGE * min(self._trust, 10) if self._contended else PAGE
 
-    def somebody_was_faster(self) -> None:
+    def note_contention(self) -> None:
         """Note that another process had already taken the last run."""
         self._was_late = True

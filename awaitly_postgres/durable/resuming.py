@@ -22,14 +22,19 @@ from ..errors import (
 )
 from ..store.rows import SnapshotInfo, is_input, read_time
 from ..store.store import Infos
-from .admission import Found, NoStartsLeft, TouchedMeanwhile
+from .admission import AttemptsExhausted, Found, TouchedMeanwhile
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
 from .workers import Pass, Workers
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
-_REFUSALS = (VersionMismatch, WorkflowDrift, SnapshotFormatError, NoStartsLeft)  # no new step ran
+_REFUSALS = (
+    VersionMismatch,
+    WorkflowDrift,
+    SnapshotFormatError,
+    AttemptsExhausted,
+)  # no new step ran
 
 
 @define(eq=False, slots=False)
@@ -176,7 +181,7 @@ class Resuming(Options):
         try:
             session, found = self._resumable(id, seen)
             sessions.add(session)
-            result = session.start(found, as_it_was=seen is not None)
+            result = session.start(found, only_if_unchanged=seen is not None)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
             end = session and session.end

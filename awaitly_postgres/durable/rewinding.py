@@ -30,6 +30,8 @@ class Rewinding(Options):
     def rewind(self, id: str, key: str, *, new_keys: bool = False) -> list[str]:
         """Forget step ``key`` of the run stored as ``id`` and all recorded after it.
 
+        A map is forgotten as a whole, whether ``key`` is the map's or that of one of its items.
+
         The run is then pending, whether it was completed, failed, waiting or cancelled. Its next
         start replays what was recorded before ``key``, handled failures included, and runs the rest
         again. "After" means the order in which steps were recorded, those of other threads
@@ -63,7 +65,7 @@ class Rewinding(Options):
             _json.check_size(document, f"the snapshot for {id!r}")
             params |= {"snapshot": document, "forgotten": part.forgotten}
             sql = self.store._sql
-            if not self.store._db.told(lambda conn: fetch(conn, sql.rewind, params)):
+            if not self.store._db.run_once(lambda conn: fetch(conn, sql.rewind, params)):
                 raise LeaseLost(id)
         return part.forgotten
 
@@ -98,7 +100,7 @@ class Rewinding(Options):
         document = part.document({"submittedAt": datetime.now(timezone.utc).isoformat()})
         _json.check_size(document, f"the snapshot for {new_id!r}")
         params, sql = {"id": new_key, "snapshot": document, "pause": None}, self.store._sql
-        if not self.store._db.told(lambda conn: fetch(conn, sql.create, params)):
+        if not self.store._db.run_once(lambda conn: fetch(conn, sql.create, params)):
             there = self.store.load(new_id)
             name = as_mapping(there and there.metadata).get("workflow")
             raise WorkflowConflict(new_id, "workflow", repr(name), f"a fork of {id!r}")
@@ -118,7 +120,7 @@ class Rewinding(Options):
         """
         sql = self.store._sql
         with self._leased(id) as params:
-            due = self.store._db.told(lambda conn: fetch(conn, sql.make_due, params))
+            due = self.store._db.run_once(lambda conn: fetch(conn, sql.make_due, params))
         return bool(due)
 
     def _stored(self, id: str) -> WorkflowSnapshot:
@@ -168,6 +170,7 @@ class _Part:
         numbered = sorted(filter(seqs.__getitem__, seqs), key=seqs.__getitem__)
         unnumbered = [name for name in seqs if not seqs[name]]  # by Node; the successes last
         unnumbered.sort(key=lambda name: (recorded[name]["ok"], name))
+        key = _first_of_map(key, recorded, seqs)
         if key not in recorded:
             shown = ", ".join(map(repr, [*unnumbered, *numbered][-5:])) or "none"
             raise ValueError(f"{id!r} has no recorded step {key!r}; its last steps are: {shown}")
@@ -202,3 +205,13 @@ class _Part:
             metadata={"attempts": 0, **settled, **metadata},
             texts={},
         )
+
+
+def _first_of_map(key: str, recorded: Mapping[str, Any], seqs: Mapping[str, int]) -> str:
+    """Return the step of the map that was recorded first, if ``key`` is a map or a step of one.
+
+    A map has one place in the order of the steps, so it is forgotten as a whole.
+    """
+    maps = {name: as_mapping(step.get("meta")).get("map") for name, step in recorded.items()}
+    named = maps.get(key) or key
+    return min((name for name in maps if maps[name] == named), key=seqs.__getitem__, default=key)

@@ -32,10 +32,10 @@ from ..workflow.step import Step
 from .admission import Admission, Finished, Found, GivenUp, TakenUp, count
 from .checkpoints import Checkpoints
 from .options import Options
-from .pending import NO_MORE, verdict
+from .pending import GIVE_UP, retry_delay
 from .registry import Entry
 
-NEVER = "9999-12-31T23:59:59.999Z"  # when a run that waits for a signal is due by itself
+FAR_FUTURE = "9999-12-31T23:59:59.999Z"  # when a run that waits for a signal is due by itself
 
 
 @define(eq=False)
@@ -91,23 +91,28 @@ class Session:
 
     # -- beginning -------------------------------------------------------------------------
 
-    def start(self, found: Found | None = None, *, as_it_was: bool = False) -> Any:
+    def start(self, found: Found | None = None, *, only_if_unchanged: bool = False) -> Any:
         """Run to an end and return the result, or return the recorded output.
 
         Args:
             found: the run as it was looked up, which saves reading it again.
-            as_it_was: raise `TouchedMeanwhile` if it was written since. For `resume_pending`.
+            only_if_unchanged: raise `TouchedMeanwhile` if it was written since; for
+                `resume_pending`.
         """
         self._db.refuse_to_run_here()
         try:
-            admission = self._admission.admit(found, as_it_was)
+            admission = self._admission.admit(found, only_if_unchanged)
             if isinstance(admission, Finished):
                 return self._output(admission.snapshot)
             if isinstance(admission, GivenUp):
                 self._run.emit("run_given_up", error=admission.error)
                 raise admission.error
             if isinstance(admission, TakenUp):
-                self._restore(admission.snapshot)
+                try:
+                    self._restore(admission.snapshot)
+                except Exception as error:  # another version, or what a migration raises
+                    self._admission.refuse(error)
+                    raise
             return self._execute()
         finally:
             # Whatever exception has struck, and wherever: release the lease if it is still held.
@@ -115,7 +120,7 @@ class Session:
 
     def refuse_further_steps(self) -> None:
         """Stop this start from another thread, as Ctrl-C would: it begins no step from here on."""
-        self._run._stop(KeyboardInterrupt())
+        self._run.stop(KeyboardInterrupt())
 
     def release(self) -> None:
         """Release the lease, so that nothing more can be recorded."""
@@ -178,18 +183,20 @@ class Session:
         # Drift is not recorded as a failure: the code is wrong, not the record. Without the lease
         # or the store no end can be recorded, and a forked child must not record its parent's.
         refused = ours and isinstance(error, (WorkflowDrift, LeaseLost, StoreError))
+        if ours and isinstance(error, WorkflowDrift):
+            self._admission.refuse(error)
         if isinstance(error, Exception) and not refused and os.getpid() == self._pid:
             pause = self._pause_after(error)
             self._finish(lambda: self._document("failed", failure=error), pause)
-            self.gave_up = pause == NO_MORE
+            self.gave_up = pause == GIVE_UP
             return "run_failed"
         return "run_stopped"
 
     def _pause_after(self, error: Exception) -> float:
         if isinstance(error, WaitTimedOut) and error.id == self.id:
-            return NO_MORE  # a replay would only raise it again
+            return GIVE_UP  # a replay would only raise it again
         backoff = self.entry.backoff or self.options.backoff
-        return verdict(
+        return retry_delay(
             error, self._checkpoints.counted_attempts, self._admission.max_attempts, backoff
         )
 
@@ -243,13 +250,13 @@ class Session:
             "attempts": 0 if suspended else self._checkpoints.counted_attempts,
         }
         if status != "completed":
-            metadata |= history.standing(suspended)
+            metadata |= history.unfinished_metadata(suspended)
         if given := {**self._given_before(), **self.options.metadata}:
             metadata["custom"] = given
         if failure is not None:
             metadata["failure"] = _failure.run_to_json(failure)
         if suspended:
-            metadata["wakeAt"] = min(due or NEVER for due in history.waits.values())
+            metadata["wakeAt"] = min(due or FAR_FUTURE for due in history.waits.values())
         text = compose(
             self._stored,
             status,

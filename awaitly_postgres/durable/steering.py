@@ -95,4 +95,4 @@ class Steering(Options):
             fetch(conn, sql.lock_lease_row, params)
             return bool(fetch(conn, sql.cancel, params))
 
-        return self.store._db.told(work)
+        return self.store._db.run_once(work)

@@ -160,7 +160,7 @@ class Submitting(Options):
                 batches = _batches(key for key in inputs if key not in old)
                 return [key for batch in batches for key in create(conn, batch)]
 
-        return self.store._db.told(work, self.store._db.joined(conn))
+        return self.store._db.run_once(work, self.store._db.joined(conn))
 
     def _accepted(self, entry: Entry, now: str, input: str | None = None) -> str:
         """Compose the snapshot of a run that is stored and not started."""

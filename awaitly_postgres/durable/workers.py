@@ -159,7 +159,7 @@ class Pass:
             return None
         self.outcomes.append(outcome)
         if outcome.status == "skipped":
-            self._queue.somebody_was_faster()
+            self._queue.note_contention()
         self._ran += self._counts(outcome)
         try:
             if self._on_progress is not None:

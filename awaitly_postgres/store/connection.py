@@ -43,8 +43,8 @@ def fetch(
 ) -> list[Row]:
     """Run one statement and return its rows, whatever factories and adapters ``conn`` has.
 
-    For a ``custom_plan`` the statement carries its values in itself: of parameters that are sent
-    beside it the planner sees nothing when it is told to make one plan for all.
+    For a ``custom_plan`` the values are written into the statement, because the planner ignores the
+    values of parameters when it is told to make one plan for all.
     """
     if custom_plan:
         cursor: psycopg.Cursor[Row] = psycopg.ClientCursor(conn, row_factory=tuple_row)
@@ -100,11 +100,11 @@ def is_clean(conn: Connection) -> bool:
 
 
 def stop(conn: Connection) -> None:
-    """Close a connection in whose use an exception out of a signal handler has struck.
+    """Close a connection whose use was interrupted by an exception from a signal handler.
 
-    It is in the middle of a statement, or of psycopg's book-keeping. What the server is doing comes
-    to an end first, stopped or committed, lest it be done after what follows here: a lease would be
-    taken after it was given back.
+    It is in the middle of a statement, or of psycopg's book-keeping. First let the server finish or
+    cancel its statement. Otherwise that could take effect later, for example acquire a lease that
+    has already been released.
     """
     pg, give_up_at = conn.pgconn, time.monotonic() + _STOP_TIMEOUT
     try:
@@ -128,9 +128,9 @@ def stop(conn: Connection) -> None:
 def set_read_committed(conn: Connection) -> None:
     """Have our statements run at READ COMMITTED, whatever the server's or the pool's default is.
 
-    They are made for it. As SERIALIZABLE ones, they would besides make long transactions of the
-    user's fail that have only read what happens to be beside. A session behind a pooler, which
-    answers with a process id of its own making, is not ours to change.
+    They are written for that level. At SERIALIZABLE they could also abort long transactions of the
+    user that have merely read neighbouring rows. A session behind a pooler, which answers with a
+    process id of its own making, is not ours to change.
     """
     if conn not in _default_levels:
         rows = fetch(
@@ -180,8 +180,8 @@ def _set_default_level(conn: Connection, level: str) -> None:
 def set_up_prepared_statements(conn: Connection) -> None:
     """Have statements planned once; behind PgBouncer, have none prepared.
 
-    There the next one to use the server connection would find ours under its names. A pooler
-    answers with a process id of its own making.
+    There the next client of the server connection would find our statements under its own names. A
+    pooler answers with a process id of its own making.
     """
     direct = fetch(
         conn,

@@ -1,8 +1,9 @@
 """What runs on a connection: statements, retried through an outage, in tables made on first use.
 
 `Database` runs pieces of work on a connection of its pool, or on one of the caller's. On the pool
-it makes the tables first and retries what an outage interrupts. The caller's connection it uses as
-it is, and leaves unchanged. Nobody above meets the driver's errors: here they become ours.
+it creates the tables first and retries what an outage interrupts. The caller's connection is used
+as it is, and left unchanged. The driver's errors are translated here. Only those of a transaction
+that a step runs in pass through, since they are the user's own.
 """
 
 from __future__ import annotations
@@ -122,7 +123,7 @@ class Database:
         """Run one idempotent statement and return how many rows it changed."""
         return self.run(lambda c: execute(c, statement, params), conn)
 
-    def told(self, work: Callable[[Connection], T], conn: Connection | None = None) -> T:
+    def run_once(self, work: Callable[[Connection], T], conn: Connection | None = None) -> T:
         """Run ``work`` in a transaction of its own, once: the answer survives a lost reply.
 
         When the reply to the commit is lost, the server is asked what became of the transaction.
@@ -314,7 +315,7 @@ class Database:
 
 @define
 class Backoff:
-    """Pauses between tries: none after the first failure, then longer and out of step."""
+    """Pauses between tries: none after the first failure, then then exponential with jitter."""
 
     _give_up_at: float  # by the monotonic clock
     _delay: float = 0.0

@@ -1,8 +1,9 @@
 """The lock table: one row per id that somebody works on, with a token and an end.
 
-A lease is taken by inserting the row, or by locking an expired one with ``SELECT ... FOR UPDATE``
-and writing a new token into it. Only the server's clock decides. Whoever writes under a lease
-names its token in the same statement, so a holder that has slept past the end changes nothing.
+A lease is acquired by inserting its row. An expired row is locked with ``SELECT ... FOR UPDATE``,
+deleted and inserted again; ``take_over`` in queries.sql says why it is not updated. Only the
+server's clock decides. Whoever writes under a lease names its token in the same statement, so a
+holder that has stalled past the end changes nothing.
 """
 
 from __future__ import annotations

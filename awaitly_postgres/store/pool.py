@@ -7,7 +7,6 @@ translate, and catches them only where a connection is given up anyway.
 
 from __future__ import annotations
 
-import _thread
 import logging
 import os
 import weakref
@@ -15,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from threading import Lock
-from traceback import clear_frames
 from typing import Any, TypeVar
 
 import psycopg
@@ -27,13 +25,11 @@ from .._checks import check_limit
 from ..errors import StoreError
 from .connection import (
     Connection,
-    is_clean,
     parse_conninfo,
-    set_own_default_level,
     set_read_committed,
     set_up_prepared_statements,
-    stop,
 )
+from .loan import Loan, OwnConnection
 
 T = TypeVar("T")
 
@@ -147,7 +143,7 @@ class Pool(ABC):
     # -- trouble ---------------------------------------------------------------------------
 
     def purge(self) -> None:
-        """Close what is broken: one dead connection means that its sisters are dead too."""
+        """Close what is broken: one dead connection means that the others probably are too."""
         if self._pool is not None:
             with suppress(psycopg.Error):
                 self._pool.check()
@@ -174,7 +170,8 @@ class Pool(ABC):
     def _leave_to_the_parent(self) -> None:
         """In a forked child, let go of what the parent goes on using."""
         # A step that forks leaves the child inside its transaction, which it would roll back, on a
-        # connection that is shared. Its descriptor then leads to nowhere; the parent's is another.
+        # connection that is shared. Its descriptor is redirected to /dev/null; the parent has its
+        # own.
         for loan in list(self._loans):
             with suppress(OSError, psycopg.Error):
                 if loan.conn is not None:
@@ -245,7 +242,7 @@ class OwnPool(Pool):
         kwargs |= {**self._kwargs, "autocommit": True}
         home = weakref.ref(self)  # the pool keeps its configuration, and would keep us alive
 
-        def configure(conn: _OwnConnection) -> None:
+        def configure(conn: OwnConnection) -> None:
             set_read_committed(conn)
             if "prepare_threshold" not in kwargs:
                 set_up_prepared_statements(conn)
@@ -254,7 +251,7 @@ class OwnPool(Pool):
         pool: ConnectionPool[Any] = kind(
             conninfo,
             kwargs=kwargs,
-            connection_class=_OwnConnection,
+            connection_class=OwnConnection,
             min_size=self._min_size,
             max_size=self._max_size,
             open=False,
@@ -288,93 +285,6 @@ class OwnPool(Pool):
             self._finalizer.detach()
             self._pool = self._finalizer = None
         super()._leave_to_the_parent()
-
-
-@define(eq=False)
-class Loan:
-    """One connection from being taken out of a pool to being given back, by one thread."""
-
-    _lender: Pool
-    _pool: ConnectionPool[Any]
-    conn: Connection | None = None
-    _autocommit: bool = True
-
-    def take(self, timeout: float) -> Connection:
-        """Get a connection, at READ COMMITTED and in autocommit mode."""
-        try:
-            conn: Connection = self._pool.getconn(timeout=timeout)
-        except BaseException as error:
-            # One that the pool had in hand would live as long as the traceback. Let go of, it finds
-            # its way back at once: it may be the only one, and a lease is to be given back.
-            clear_frames(error.__traceback__)
-            raise
-        self.conn = conn  # nothing can strike between the two: no function is called
-        self._lender.has_worked = True
-        self._autocommit = conn.autocommit
-        if not self._autocommit:
-            conn.autocommit = True
-        if not isinstance(conn, _OwnConnection):  # which is set up like this for good
-            set_read_committed(conn)
-        return conn
-
-    def give_back(self) -> None:
-        """Give the connection back, if that is not done already."""
-        conn = self.conn
-        if conn is None:
-            return
-        with suppress(psycopg.Error):  # broken: the pool will see it, too
-            if not is_clean(conn):
-                stop(conn)
-            else:
-                if not isinstance(conn, _OwnConnection):
-                    set_own_default_level(conn)
-                if not self._autocommit:
-                    conn.autocommit = False
-        closed = conn.closed
-        try:
-            self._pool.putconn(conn)
-        except BaseException as error:
-            # Struck in the pool: either it is in there, where another thread may have got hold of
-            # it, or nobody has it, and it finds its way back as soon as we let go of it.
-            self.conn = conn = None
-            clear_frames(error.__traceback__)
-            raise
-        if closed:
-            # Replaced already. The pool leaves its mark on it, and by that it would pass for lost.
-            conn._pool = None
-        self.conn = None  # last: on its way it is still ours, in a forked child too
-
-
-class _OwnConnection(psycopg.Connection[Any]):
-    """Finds its way back to the pool.
-
-    An exception out of a signal handler may strike inside the pool, or between its giving a
-    connection and our taking it. Nobody would know of the connection then, and the pool would be
-    smaller by one for good.
-    """
-
-    home: weakref.ref[OwnPool] | None = None
-
-    def __del__(self, *args: Any) -> None:
-        home = self.home and self.home()
-        pool = home and home._pool
-        # One that went back has no ``_pool``, one that the pool has discarded is closed besides.
-        lost = getattr(self, "pgconn", None) and (self._pool is pool or not self.closed)
-        if pool and not pool.closed and lost:
-            # In another thread: this one may be anywhere, the pool's own locks included. And by one
-            # call, for an exception that strikes here is swallowed, and the connection lost.
-            try:  # noqa: SIM105 - which is Python's code, to be struck in
-                _thread.start_new_thread(self._replace, (pool,))
-            except RuntimeError:  # at the end of the process
-                pass
-        else:
-            super().__del__(*args)
-
-    def _replace(self, pool: ConnectionPool[Any]) -> None:
-        self.close()  # nobody knows in which state it is; the pool opens another
-        self._pool = pool
-        pool.putconn(self)
-        self._pool = None
 
 
 # -- fork and exit -------------------------------------------------------------------------

@@ -248,8 +248,8 @@ WHERE id = ANY(%(ids)s::text[])
 -- Stores a run for each id that is not there yet: the same document with the input of each. The ids
 -- come sorted, so that two of these wait for each other's rows in the same order and cannot
 -- deadlock. Sent in a transaction whose outcome is looked up after a lost reply, because a second
--- try would find its own rows and call them old; see Database.told. Not a CTE with what sweeps the
--- journals (delete_many_journals, sent after it): Citus refuses that for rows of several shards.
+-- try would find its own rows and call them old; see Database.run_once. Not a CTE with what sweeps
+-- the journals (delete_many_journals, sent after it): Citus refuses that for several shards.
 INSERT INTO {snapshots} (id, snapshot, updated_at)
 SELECT id, jsonb_set({dated_document}, '{metadata,input}', input::jsonb), clock_timestamp()
 FROM unnest(%(ids)s::text[], %(inputs)s::text[]) AS given (id, input)
@@ -258,7 +258,7 @@ RETURNING id
 
 -- name: delete
 -- The count is the answer to the caller. It survives a lost reply because the transaction's
--- outcome is looked up then, instead of deleting again; see Database.told.
+-- outcome is looked up then, instead of deleting again; see Database.run_once.
 WITH gone AS (DELETE FROM {snapshots} WHERE id = %(id)s RETURNING 1)
 , swept AS ({clear_journal})  -- if journal
 SELECT (SELECT count(*) FROM gone)::int
@@ -404,7 +404,7 @@ UPDATE {snapshots} SET
     snapshot = snapshot || jsonb_build_object(
         'steps', {steps_and_taken_out},  -- if journal
         'metadata',
-        ({metadata} - 'waits' - 'gaveUpAt')
+        ({metadata} - '{waits,gaveUpAt,refusal}'::text[])
             || %(metadata)s::jsonb
             || jsonb_build_object('wakeAt', {pause_end})
     )
@@ -425,7 +425,7 @@ UPDATE {snapshots} SET
             'status', 'failed', 'lastUpdated', {stored_now}, 'completedAt', {stored_now}
         ),
         'metadata',
-        ({metadata} - 'wakeAt' - 'waits')
+        ({metadata} - '{wakeAt,waits,refusal}'::text[])
             || jsonb_build_object('gaveUpAt', {stored_now}, 'failure', %(failure)s::jsonb)
     )
 WHERE id = %(id)s
@@ -433,17 +433,27 @@ WHERE id = %(id)s
     AND EXISTS (SELECT FROM fence)
 RETURNING 1
 
+-- name: refuse
+-- After take_up, if the code cannot go on with what is recorded: says why, for people to see, and
+-- gives the lease back. Repeated after a lost reply it finds no lease and changes nothing.
+WITH {releasing_fence}
+UPDATE {snapshots} SET
+    updated_at = clock_timestamp(),
+    snapshot = jsonb_set(snapshot, '{metadata,refusal}', %(refusal)s::jsonb)
+WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
+
 
 -- A step is recorded -------------------------------------------------------------------------
 
 -- fragment: append_step -- if journal
--- Repeated, it writes the same.
+-- One step or several, of threads that wait for their commit together: all or none, so the write
+-- that follows need name only the last. Repeated, it writes the same.
 INSERT INTO {journal} (id, key, step)
-SELECT %(id)s, %(key)s, %(step)s::jsonb FROM fence
+SELECT %(id)s, new.key, new.value FROM fence, jsonb_each(%(steps)s::jsonb) AS new
 ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
 -- name: append -- if journal
--- One step of a run whose snapshot is large. The lease's row is locked, not updated: renewing it
+-- Steps of a run whose snapshot is large. The lease's row is locked, not updated: renewing it
 -- is the background thread's work.
 WITH fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE)
 {append_step}
@@ -586,7 +596,7 @@ SELECT 1 FROM cancelled
 -- lease that was taken to read the run, all or nothing. Signals are kept as in keep_signals, except
 -- those of the forgotten steps, whose waits can be answered again. A second try would find no
 -- lease, so it is sent in a transaction whose outcome is looked up after a lost reply; see
--- Database.told.
+-- Database.run_once.
 WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
 UPDATE {snapshots} SET
@@ -776,6 +786,33 @@ CASE
     ELSE 'retrying'
 END
 
+-- fragment: map_progress
+-- How far each step.map of a run has got, in the order in which they began: its key, the items that
+-- have completed, and how many there are. A step that stands in both places counts once; UNION
+-- compares a few bytes of each, not what it has returned.
+(
+    SELECT json_agg(json_build_array(map, done, count) ORDER BY first)::text
+    FROM (
+        SELECT
+            meta->>'map' AS map,
+            count(*) FILTER (WHERE ok) AS done,
+            (array_agg(meta->'of'))[1] AS count,
+            min(lpad(meta->>'seq', 20, '0')) AS first
+        FROM (
+            SELECT key, value->'meta' AS meta, value->'ok' = 'true' AS ok FROM jsonb_each(
+                CASE
+                    WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'
+                    ELSE '{}'
+                END
+            )
+            UNION SELECT key, step->'meta', step->'ok' = 'true'  -- if journal
+            FROM {journal} j WHERE j.id = s.id                   -- if journal
+        ) AS steps
+        WHERE meta ? 'map'
+        GROUP BY 1
+    ) AS maps
+)
+
 -- fragment: run_columns
 -- One run as RunInfo reads it: without payloads, which may be large. The newest Node releases
 -- store the steps as an array of pairs.
@@ -800,6 +837,7 @@ END
             UNION SELECT key FROM {journal} j WHERE j.id = s.id  -- if journal
         ) AS recorded
     ),
+    CASE WHEN {unfinished} THEN {map_progress} END,
     CASE
         WHEN jsonb_typeof(snapshot->'metadata') = 'object'
         THEN ((snapshot->'metadata') - '{input,output,failure,signals}'::text[])::text

@@ -51,7 +51,7 @@ class _Renewer:
                 try:
                     self._thread.start()
                 except KeyError as error:
-                    # What becomes in there of an exception that strikes when the thread is running.
+                    # Thread.start() turns an exception raised at that moment into this KeyError.
                     raise error.__context__ or error from None
             elif due < self._wakes_at:
                 self._changed.notify()
@@ -67,7 +67,7 @@ class _Renewer:
                 db = self._db()
                 if db is None:
                     return
-                kept, pause = True, lease.ttl / 10  # so soon again, as long as it has not run out
+                kept, pause = True, lease.ttl / 10  # retry soon if this renewal fails
                 with db.tolerating_outages():
                     if conn is None or conn.closed:
                         conn = db.new_connection()

@@ -1,7 +1,7 @@
 """What the tables hold, as values: runs and their steps, where they stand, and text to show.
 
-The command line and the admin speak of runs in these words only. What a run's state is, and when
-it is due, is decided here and nowhere else.
+The command line and the admin describe runs in these words only. The state itself is computed by
+``fragment: state`` in queries.sql.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, Literal
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from .. import _json
 from .._checks import check_id, moment
 from ..errors import NotSerializable, SnapshotFormatError
 from ..snapshot import OURS, STATUSES, WorkflowSnapshot, as_mapping
+from .text import age, elide, printable, span
 
 __all__ = [
     "STATES",
@@ -33,7 +34,9 @@ __all__ = [
     "check_state",
     "elide",
     "elide_steps",
+    "fold_maps",
     "is_input",
+    "maps_of",
     "printable",
     "read_time",
     "reasons",
@@ -52,7 +55,7 @@ _FEW = 10  # first, last, longest and failed steps that are shown of many
 
 @frozen
 class SnapshotInfo:
-    """One line of a listing. ``updated_at`` is aware; between rewrites of a long run it stands."""
+    """One line of a listing. ``updated_at`` is aware; for a long run, that of its last rewrite."""
 
     id: str
     status: str
@@ -92,7 +95,7 @@ class StepInfo:
     ``state`` is ``"completed"`` or ``"failed"``; ``duration`` is in seconds; both times are None if
     nobody measured them. ``value`` is JSON as stored. Of a failed step, ``error`` is the exception,
     rebuilt (by `Durable.get` only), ``traceback`` its text, and ``cause`` and ``stored_error`` the
-    JSON they are made of.
+    JSON they are made of. ``map`` is the key of the map that it is an item of, if any.
     """
 
     key: str
@@ -105,6 +108,8 @@ class StepInfo:
     cause: Any = None
     stored_error: Any = None
     seq: float = float("inf")
+    map: str | None = None
+    map_count: int = 0  # items of that map
 
     @classmethod
     def from_json(cls, key: str, step: Mapping[str, Any]) -> StepInfo:
@@ -121,6 +126,8 @@ class StepInfo:
             cause=step.get("cause"),
             stored_error=step.get("error"),
             seq=_number(meta.get("seq")) or float("inf"),
+            map=name if isinstance(name := meta.get("map"), str) else None,
+            map_count=int(_number(meta.get("of"))),
         )
 
     @property
@@ -154,7 +161,9 @@ class RunInfo:
     - ``"completed"``, ``"failed"`` (for good), ``"cancelled"``.
 
     ``attempts`` counts the starts since it last got further. ``metadata`` is what the user gave.
-    `Durable.get` tells the ``input`` (JSON as stored), the ``result``, the ``error`` (the
+    ``maps`` says how far each `Step.map` has got: items completed, and items in all, by its key; a
+    listing has only those of runs that have not completed.
+    `Durable.get` also fills in the ``input`` (JSON as stored), the ``result``, the ``error`` (the
     exception, rebuilt), its ``traceback``, the JSON ``cause`` that both are made of, and the
     ``steps`` as well; a listing does not read them.
     """
@@ -173,6 +182,7 @@ class RunInfo:
     step_count: int
     status: str  # as stored
     seen_at: datetime
+    maps: Mapping[str, tuple[int, int]] = {}
     input: Any = None
     result: Any = None
     error: BaseException | None = None
@@ -183,7 +193,7 @@ class RunInfo:
     @classmethod
     def from_columns(cls, columns: Sequence[Any], prefix: str) -> RunInfo:
         """Read the columns ``run_columns``, and take the store's prefix off the id."""
-        key, status, state, updated_at, step_count, text, holder, until, now = columns
+        key, status, state, updated_at, step_count, maps, text, holder, until, now = columns
         metadata = _json.loads(text) if text else {}
         name, version = metadata.get("workflow"), metadata.get("version")
         wake_at = read_time(metadata.get("wakeAt"))
@@ -203,6 +213,7 @@ class RunInfo:
             step_count=step_count,
             status=status,
             seen_at=moment(now),
+            maps={name: (done, int(_number(of))) for name, done, of in _json.loads(maps or "[]")},
         )
 
     @property
@@ -227,6 +238,12 @@ class RunInfo:
     def reasons(self) -> tuple[str, ...]:
         """Why it failed last, and why that, nearest first; nothing if it did not fail."""
         return reasons(self.cause)
+
+    @property
+    def progress(self) -> str:
+        """How far its maps have got that are not complete, in words; nothing if there are none."""
+        open_maps = [f"{key} {n}/{of}" for key, (n, of) in self.maps.items() if n < of]
+        return ", ".join(open_maps)
 
     @property
     def held_by(self) -> str:
@@ -254,8 +271,35 @@ def steps_of(snapshot: WorkflowSnapshot) -> list[StepInfo]:
     return sorted(steps, key=lambda s: s.started_at.timestamp() if s.started_at else float("inf"))
 
 
+def maps_of(steps: Sequence[StepInfo]) -> dict[str, tuple[int, int]]:
+    """Return how many items of each map have completed, and how many there are."""
+    found: dict[str, tuple[int, int]] = {}
+    for step in steps:
+        if step.map is not None:
+            done, of = found.get(step.map, (0, step.map_count))
+            found[step.map] = done + step.ok, of
+    return found
+
+
+def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
+    """Return one entry for all completed items of a map, as in ``resize 317/1000``."""
+    shown: dict[str, StepInfo] = {}
+    progress = maps_of(steps)
+    for step in steps:
+        folded = shown.get(f"\0{step.map}")
+        if step.map is None or not step.ok:
+            shown[step.key] = step
+        elif folded is None:
+            done, of = progress[step.map]
+            shown[f"\0{step.map}"] = evolve(step, key=f"{step.map} {done}/{of}", value=None)
+        elif folded.started_at is not None and step.started_at is not None:
+            lasted = (step.started_at - folded.started_at).total_seconds() + step.seconds
+            shown[f"\0{step.map}"] = evolve(folded, duration=max(folded.seconds, lasted))
+    return [*shown.values()]
+
+
 def reasons(failure: object) -> tuple[str, ...]:
-    """Tell a recorded failure and what caused it, one line each, nearest first."""
+    """Describe a recorded failure and its causes, one line each, nearest first."""
     told = []
     while isinstance(failure, Mapping):
         name = failure.get("name") or failure.get("originalType")
@@ -322,48 +366,6 @@ def read_time(text: object) -> datetime | None:
     except ValueError:
         return None
     return time if time.tzinfo else None
-
-
-def printable(text: str, keep: str = "") -> str:
-    """Escape what a terminal would obey instead of show: ids and messages are anybody's text."""
-    if text.isprintable():
-        return text
-    return "".join(
-        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
-    )
-
-
-def span(seconds: float) -> str:
-    """Write a duration: ``40 µs``, ``0.3 ms``, ``12 ms``, ``1.2 s``, ``3m12s``, ``4d``."""
-    if seconds < 0.9995:
-        milliseconds = max(seconds, 0.0) * 1000
-        if milliseconds < 0.0995:
-            return f"{milliseconds * 1000:.0f} µs"
-        return f"{milliseconds:.1f} ms" if milliseconds < 9.95 else f"{milliseconds:.0f} ms"
-    if seconds < 59.5:
-        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
-    minutes, left = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes}m{left:02d}s"
-    hours, minutes = divmod(minutes, 60)
-    if hours < 24:
-        return f"{hours}h{minutes:02d}m"
-    days, hours = divmod(hours, 24)
-    return f"{days}d{hours:02d}h" if days < 4 else f"{days}d"
-
-
-def age(seconds: float) -> str:
-    """Write how long ago something was, in one unit: ``0s``, ``119s``, ``3m``, ``2h``, ``4d``."""
-    whole = max(int(seconds), 0)
-    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
-        if whole >= 2 * size:
-            return f"{whole // size}{unit}"
-    return f"{whole}s"
-
-
-def elide(text: str, most: int | None, sign: str = "…") -> str:
-    """Cut ``text`` to at most so many characters, ``sign`` included; None: not at all."""
-    return text if most is None or len(text) <= most else text[: most - len(sign)] + sign
 
 
 def elide_steps(steps: Sequence[StepInfo], most: int) -> list[int]:

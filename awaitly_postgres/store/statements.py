@@ -73,7 +73,7 @@ def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -
 
 
 def filtered(statement: bytes, params: Mapping[str, Any]) -> bytes:
-    """Drop the lines of which the parameter has no value."""
+    """Drop the conditional lines whose parameter is None or missing."""
     text = _choose(statement.decode(), lambda name: params.get(name) is not None)
     return _on_one_line(text).encode()
 

@@ -98,7 +98,9 @@ class SnapshotStore:
     def delete(self, id: str, *, conn: Connection | None = None) -> bool:
         """Delete what is stored as ``id``; tell whether there was anything."""
         params = {"id": self.key(id)}
-        return bool(self._db.told(lambda conn: fetch(conn, self._sql.delete, params), conn)[0][0])
+        return bool(
+            self._db.run_once(lambda conn: fetch(conn, self._sql.delete, params), conn)[0][0]
+        )
 
     def delete_many(self, ids: Iterable[str]) -> int:
         """Delete what is stored under these ids; return how many there were."""
@@ -179,7 +181,7 @@ class SnapshotStore:
     def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunInfos:
         """Tell where these runs stand, in this order, without reading their values.
 
-        What is not stored is left out. An id that could not be stored is none, and no error: a
+        What is not stored is left out. An id that is not valid is not found, and is no error: a
         listing shows whatever the table holds.
         """
         keys = [self.prefix + id for id in ids]
@@ -305,7 +307,7 @@ class SnapshotStore:
             if os.getpid() == holder:  # a child forked inside the block leaves it as well
                 held.release()
         except BaseException:
-            # Of the block; or out of a signal handler, and then anywhere here. It matters more than
+            # Raised by the block, or by a signal handler at any point above. It matters more than
             # what the release may raise, which may be a second one.
             if held is not None:
                 renewal.stop_renewing(held)
@@ -322,7 +324,7 @@ class SnapshotStore:
         For a holder that is known to be dead. One that is alive after all writes nothing more.
         """
         params = {"id": self.key(id), "token": token}
-        return bool(self._db.told(lambda conn: execute(conn, self._sql.release, params)))
+        return bool(self._db.run_once(lambda conn: execute(conn, self._sql.release, params)))
 
     def close(self) -> None:
         """Close the pool, unless it is the caller's. The store cannot be used afterwards."""
@@ -357,7 +359,7 @@ class SnapshotStore:
         if prefix:
             check_id(prefix, "prefix")
         low, high = prefix_bounds(full) if full else ("", None)
-        # An id is not empty: what has the bare prefix of the store is none of its own.
+        # An id is never empty: a row whose id is the bare prefix does not belong to this store.
         return {"low" if prefix else "above": low, "high": high}
 
     def _infos(
@@ -386,4 +388,4 @@ class SnapshotStore:
             return len(gone)
 
         sql = self._sql
-        return self._db.told(work)
+        return self._db.run_once(work)

@@ -11,7 +11,7 @@ from attrs import define, field
 
 from .connection import Connection, is_clean, set_own_level, stop
 from .database import Backoff, Database
-from .pool import Loan
+from .loan import Loan
 
 OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 

@@ -93,13 +93,18 @@ Timing = dict[str, Any]
 
 
 class Timer:
-    """Measures one step: the clock says when it began, the counter for how long."""
+    """Measures one step: the clock says when it began, the counter for how long.
 
-    def __init__(self) -> None:
+    ``about`` is what else the step's ``meta`` tells.
+    """
+
+    def __init__(self, about: Timing) -> None:
+        self._about = about
         self._started = timestamp()
         self._counter = time.perf_counter()
 
     def stop(self) -> Timing:
-        """Return what the step's ``meta`` tells of its time."""
+        """Return what the step's ``meta`` tells."""
         elapsed = time.perf_counter() - self._counter
-        return {"startedAt": self._started, "durationMs": round(elapsed * 1000, 3)}
+        times = {"startedAt": self._started, "durationMs": round(elapsed * 1000, 3)}
+        return {**times, **self._about}

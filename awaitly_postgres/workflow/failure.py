@@ -145,7 +145,7 @@ def _message(error: BaseException) -> str:
     try:
         return _clean(str(error))
     except Exception:
-        return "<it cannot be printed>"
+        return "<str() of this exception failed>"
 
 
 def _clean(text: str) -> str:

@@ -5,7 +5,7 @@ No clock, no threads, no database: `Run` calls it with its lock held.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from attrs import define, field
@@ -39,7 +39,8 @@ class History:
     _settled: int = -1  # a wait of the own thread has settled all failures up to this number
     _in_order: list[str] = field(factory=list)  # recorded by the own thread, not yet asked for
     _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
-    _parallel: set[str] = field(factory=set)  # ... by other threads
+    _parallel: set[str] = field(factory=set)  # ... by other threads, and a map's but for its first
+    _maps: dict[str, tuple[int, set[str]]] = field(factory=dict)  # recorded: of how many, which
     _asked: set[str] = field(factory=set)
     _seq: int = 0  # the number of the last recorded step
     _gone_on_after: int = 0  # the number of the last one when the own thread asked for new work
@@ -73,7 +74,7 @@ class History:
         history._seq = max(seqs.values(), default=0)
         if history._seq:
             history.last_key = max(seqs, key=seqs.__getitem__)
-        history._parallel = {key for key in replayed if metas[key].get("parallel")}
+        history._note_maps(replayed, metas, seqs)
         history._unnumbered = {key for key in replayed if not seqs[key]} - history._parallel
         in_order = [key for key in replayed if seqs[key] and key not in history._parallel]
         in_order.sort(key=seqs.__getitem__)
@@ -85,11 +86,41 @@ class History:
             kept |= {k: end for k, end in ends.items() if isinstance(end, str) and k not in known}
         return history
 
+    def _note_maps(
+        self,
+        replayed: Sequence[str],
+        metas: Mapping[str, Mapping[str, Any]],
+        seqs: Mapping[str, int],
+    ) -> None:
+        """Note which steps can be asked for in any order, and which belong to maps.
+
+        A map has the place of the first of its steps in the order of the own thread.
+        """
+        self._parallel = {key for key in replayed if metas[key].get("parallel")}
+        firsts: dict[str, str] = {}
+        for key in replayed:
+            if not isinstance(name := metas[key].get("map"), str):
+                continue
+            count, keys = self._maps.get(name) or (_positive(metas[key].get("of")), set())
+            self._maps[name] = count, keys
+            keys.add(key)
+            if key not in self._parallel and seqs[key]:
+                first = firsts.setdefault(name, key)
+                if seqs[key] < seqs[first]:
+                    firsts[name] = key
+        for name, first in firsts.items():
+            self._parallel |= self._maps[name][1] - {first}
+
     # -- asking ----------------------------------------------------------------------------
 
-    def has_been_asked(self, key: str) -> bool:
-        """Return whether this start has already asked for ``key``."""
-        return key in self._asked
+    def asked_twice(self, keys: Sequence[str]) -> str | None:
+        """Return the first of ``keys`` that this start has asked for already, or None."""
+        seen: set[str] = set()
+        for key in keys:
+            if key in self._asked or key in seen:
+                return key
+            seen.add(key)
+        return None
 
     def is_in_turn(self, key: str) -> bool:
         """Return whether the workflow's own thread may ask for ``key`` now.
@@ -102,6 +133,36 @@ class History:
         if self._in_order:
             return self._in_order[-1] == key
         return not self._unnumbered
+
+    def is_map_in_turn(self, keys: Sequence[str]) -> bool:
+        """Return the same for a map with these ``keys``."""
+        if self._in_order and self._in_order[-1] in set(keys):
+            return True
+        if all(key in self._parallel or key in self._unnumbered for key in keys):
+            return True  # recorded by threads of the user's, or there is nothing to ask for
+        return not self._in_order and self._unnumbered.issubset(keys)
+
+    def change_of_map(
+        self, key: str, keys: Sequence[str]
+    ) -> tuple[list[str], tuple[int, int]] | None:
+        """Return how a map differs from what is recorded: the keys it lacks, and both counts."""
+        count, recorded = self._maps.get(key) or (len(keys), set())
+        if lacking := sorted(recorded.difference(keys)):
+            return lacking, (count, len(keys))
+        return None if count in (0, len(keys)) else ([], (count, len(keys)))
+
+    def ask_map(self, key: str, keys: Sequence[str], own: bool) -> list[str | None]:
+        """Return the JSON text of each step of a map, None where it is new."""
+        self._asked.add(key)
+        self._asked.update(keys)
+        if not (asked := set(keys)).isdisjoint(self._in_order):
+            self._in_order = [k for k in self._in_order if k not in asked]
+        self._parallel -= asked
+        self._unnumbered -= asked
+        recorded = [self.steps.get(k) for k in keys]
+        if own and None in recorded:
+            self._gone_on_after = self._seq
+        return recorded
 
     def ask(self, key: str, own: bool) -> str | None:
         """Return the JSON text of the recorded step, or None if it is new.
@@ -149,7 +210,7 @@ class History:
         return step
 
     def forget(self, key: str) -> None:
-        """Remove a step whose transaction was rolled back."""
+        """Remove a step that was entered but not stored."""
         self.steps.pop(key, None)
 
     def end_of_sleep(self, key: str, otherwise: str) -> str:
@@ -170,7 +231,7 @@ class History:
         if own:
             self._settled = self._gone_on_after  # to wait is to go on: earlier failures are settled
 
-    def standing(self, suspended: bool) -> dict[str, Any]:
+    def unfinished_metadata(self, suspended: bool) -> dict[str, Any]:
         """Return the waits, sleeps and settled failures of an unfinished run, for its metadata."""
         found: dict[str, Any] = {}
         if suspended:

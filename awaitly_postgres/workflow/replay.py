@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from attrs import define
 
 from ..errors import AwaitlyError
-from .run import Interrupted, Run
+from .asking import Interrupted
+from .run import Run
 
 T = TypeVar("T")
 
@@ -39,9 +40,16 @@ class Replay(Run):
             raise self._interrupt(FirstNewStep(key))
         return recorded
 
-    def _replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
+    def ask_map(self, key: str, keys: Sequence[str]) -> list[str | None]:
+        """Return what is recorded, if that is all; no item runs."""
+        recorded = super().ask_map(key, keys)
+        if None in recorded:
+            raise self._interrupt(FirstNewStep(key))
+        return recorded
+
+    def replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
         try:
-            return super()._replay(key, fn, recorded)
+            return super().replay(key, fn, recorded)
         except Interrupted:
             self.undecodable = key
             raise

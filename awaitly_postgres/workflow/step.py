@@ -7,14 +7,16 @@ same results, and no recorded step runs a second time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from .._checks import check_id, check_moment, check_seconds
+from .._checks import check_id, check_limit, check_moment, check_seconds
 from ..errors import WorkflowError
+from .mapping import Map
 from .run import Run
 
+A = TypeVar("A")
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -55,6 +57,50 @@ class Step:
             ValueError: the key is empty, has a NUL or more than 1,000 bytes.
         """
         return self._run.step(key, fn, lambda: fn(*args, **kwargs))
+
+    def map(
+        self,
+        key: str,
+        fn: Callable[[A], T],
+        items: Iterable[A],
+        *,
+        workers: int = 8,
+        name: Callable[[A], object] | None = None,
+    ) -> list[T]:
+        """Run ``fn(item)`` for each item as a step of its own, in threads.
+
+        The steps are ``key[0]``, ``key[1]`` and so on, or ``key[<name(item)>]``. All of them are
+        run, even if some fail. A resumed run repeats only what is not recorded; failed items are
+        tried again. Steps that end while a commit is under way are committed together by the next,
+        so many items cost fewer commits than steps.
+
+        Each thread sees a copy of the caller's context variables. Ctrl-C, or whatever else ends the
+        run, stops the map: no further item is begun, and those begun are waited for.
+
+        Args:
+            key: the name of the map, unique within the run.
+            fn: called with one item. It may be called in several threads at once.
+            items: the items; the same ones whenever the run is resumed. They are not recorded.
+            workers: how many threads work at once, at most.
+            name: returns a unique name for an item, used in the key of its step; None numbers them
+                from 0. With names, the order of the items may change.
+
+        Returns:
+            The results in the order of the items, each as ``step(key, fn, item)`` returns it.
+
+        Raises:
+            the failure of the first item that failed, in the order of the items.
+            DuplicateStepKey: two items have the same name. No item has been begun.
+            WorkflowDrift: a recorded item is missing, or there are more or fewer items than when
+                the map was recorded. No item has been begun.
+            ValueError: a key is too long or has a NUL; ``workers`` is not positive.
+        """
+        check_limit(workers, "workers")
+        check_id(key, "step key")
+        given = list(items)
+        names = range(len(given)) if name is None else [name(item) for item in given]
+        keys = [check_id(f"{key}[{each}]", "step key") for each in names]
+        return Map(self._run, key, fn, given, keys)(workers)
 
     def transaction(
         self,

@@ -143,7 +143,7 @@ class Workflow(Generic[P, T]):
         history = run.history
         metadata = {"workflow": self.name, "version": self.version}
         if status != "completed":
-            metadata |= history.standing(suspended)
+            metadata |= history.unfinished_metadata(suspended)
         text = compose(
             self._snapshot,
             status,

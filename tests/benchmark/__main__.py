@@ -28,6 +28,7 @@ import awaitly_postgres
 
 from . import (
     contention,
+    many,
     many_runs,
     picture,
     scale,
@@ -44,6 +45,7 @@ HERE = Path(__file__).parent
 PARTS = {
     "steps": step_cost,
     "runs": whole_runs,
+    "many": many,
     "store": store_cost,
     "scale": scale,
     "start": start_up,

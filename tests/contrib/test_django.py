@@ -405,8 +405,9 @@ def test_the_store_reads_the_settings_when_it_is_first_used(
         assert "s3cret" not in f"{caught.value}{early!r}{early._db!r}"
         from django.db import connections
 
-        right = connections.settings["default"]["NAME"]
-        monkeypatch.setitem(connections.settings["renamed"], "NAME", right)
+        for setting in ("NAME", "PASSWORD"):
+            right = connections.settings["default"][setting]
+            monkeypatch.setitem(connections.settings["renamed"], setting, right)
         assert late.ping()
         assert late.list() == []
     connections["renamed"].close()

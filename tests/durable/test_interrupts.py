@@ -248,6 +248,8 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
         done.append(step.transaction("pay", pay, f"{id}-pay"))
         acknowledged[f"{id}-pay"] += 1
         in_threads(lambda nr: step(f"item-{nr}", str, nr), threads)
+        if threads:
+            done += step.map("map", filler, range(8), workers=threads)
         done.append(step("fill", filler, 3000))
         done.append(step.transaction("tip", pay, f"{id}-tip"))
         return done
@@ -361,6 +363,39 @@ def test_a_run_interrupted_anywhere_pays_once(
         if store.load(f"id-{nr}") is not None:
             durable.resume(f"id-{nr}")
     assert payments(db) == sorted(info.id for info in store.iter())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("function", ["putconn", "_reset_connection", "_add_to_pool"])
+def test_a_connection_struck_on_its_way_back_serves_the_release(
+    make_store: Callable[..., SnapshotStore], db: DB, function: str
+) -> None:
+    """It is the only one, and the traceback of the interrupt must not hold it meanwhile."""
+    make_payments(db)
+    durable = Durable(make_store(max_size=1))
+
+    @durable.workflow
+    def order(step: Step, id: str) -> str:
+        return step.transaction("pay", pay_and_be_struck, id)
+
+    def pay_and_be_struck(conn: DB, id: str) -> str:
+        sys.settrace(strike)
+        return pay(conn, id)
+
+    def strike(frame: Any, event: str, arg: Any) -> None:
+        if frame.f_code.co_name == function:
+            sys.settrace(None)
+            raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            durable.run("a", order, "a")
+    finally:
+        sys.settrace(before)
+    assert leases(db) == []
+    assert durable.resume("a") == "paid a"
+    assert payments(db) == ["a"]
 
 
 def test_a_transaction_that_an_interrupt_left_open_is_not_waited_for(

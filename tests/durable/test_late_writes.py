@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 from typing import Any
 
 import psycopg
 import pytest
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, Workflow, WorkflowError
-from tests.support import photograph, restore
+from tests.support import photograph, restore, stop_the_backend, wake
 
 DB = psycopg.Connection
 
@@ -92,35 +88,6 @@ def test_a_step_that_is_appended_late_does_not_follow_the_next_rewrite(
         wake(stopped, db)
     assert keys(durable) == list("abcd")
     assert photograph(db)["awaitly_snapshots_steps"] == []
-
-
-def stop_the_backend(store: SnapshotStore) -> int:
-    """Stop it, and have its connection cut when the next statement has been sent to it."""
-    conn = next(iter(store._db.pool.opened()._pool))
-    pid, descriptor = conn.info.backend_pid, conn.fileno()
-    os.kill(pid, signal.SIGSTOP)
-
-    def cut() -> None:
-        threading.Event().wait(0.3)  # for the statement to be on its way
-        shut_down(descriptor)
-
-    threading.Thread(target=cut).start()
-    return int(pid)
-
-
-def wake(stopped: list[int], db: DB) -> None:
-    """Let the backends go on, and wait until they have done what they were sent and are gone."""
-    gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
-    for pid in stopped:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-    while db.execute(gone, (stopped,)).fetchone()[0]:
-        db.execute("SELECT pg_sleep(0.01)")
-
-
-def shut_down(descriptor: int) -> None:
-    with socket.socket(fileno=os.dup(descriptor)) as connection:
-        connection.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.mark.parametrize("size", [0, 5_000], ids=["rewritten", "appended"])

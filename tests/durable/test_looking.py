@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import datetime, timezone
@@ -27,6 +28,7 @@ from awaitly_postgres import (
 from awaitly_postgres.codecs import CattrsCodec
 from awaitly_postgres.store import statements
 from awaitly_postgres.store.rows import STATES
+from tests.support import ROOT
 
 DB = psycopg.Connection
 
@@ -273,6 +275,29 @@ def test_a_page_among_many_is_found_by_an_index(store: SnapshotStore, db: DB) ->
     for filters in ({}, {"state": "waiting"}, {"prefix": "r1", "limit": 1}):
         plans.append(explained(durable, db, **filters))
     assert [plan.count("Seq Scan on awaitly_snapshots") for plan in plans] == [0, 0, 0]
+
+
+def test_metadata_are_found_by_the_index_of_the_readme(durable: Durable, db: DB) -> None:
+    """A tenant's few runs among 20,000 are looked up, not searched for."""
+    durable.store.create_tables()
+    db.execute(
+        "INSERT INTO awaitly_snapshots SELECT 'r' || n, jsonb_build_object('formatVersion', 1, "
+        "'steps', '{}'::jsonb, 'execution', jsonb_build_object('status', 'completed', "
+        "'lastUpdated', ''), 'metadata', jsonb_build_object('workflow', 'w', 'custom', "
+        "jsonb_build_object('tenant', 'tenant-' || n % 1000))) FROM generate_series(1, 20000) n"
+    )
+    page = (ROOT / "README.md").read_text("utf-8")
+    (ddl,) = re.findall(r"^CREATE INDEX ON awaitly_snapshots USING gin .*;$", page, re.M)
+    db.execute(ddl)
+    db.execute("ANALYZE awaitly_snapshots")
+    (index,) = db.execute(
+        "SELECT indexname FROM pg_indexes WHERE tablename = 'awaitly_snapshots' "
+        "AND schemaname = current_schema AND indexdef LIKE '%jsonb_path_ops%'"
+    ).fetchone()
+    plan = explained(durable, db, metadata='{"tenant": "tenant-7"}')
+    assert f"Index Scan on {index}" in plan
+    assert "Seq Scan on awaitly_snapshots" not in plan
+    assert len(durable.list(metadata={"tenant": "tenant-7"})) == 20
 
 
 def explained(durable: Durable, db: DB, **filters: Any) -> str:

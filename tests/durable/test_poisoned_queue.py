@@ -21,7 +21,7 @@ KILLER = """
     from awaitly_postgres import Durable, postgres
 
     with postgres(sys.argv[1]) as store:
-        durable = Durable(store, lock_ttl=0.2, max_attempts=3)
+        durable = Durable(store, max_attempts=3)
 
         @durable.workflow
         def job(step, what):

@@ -78,7 +78,7 @@ def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
         def now(cls, tz: Any = None) -> datetime:
             return datetime.now(tz) - timedelta(days=1)
 
-    for module in ("snapshot", "workflow.run", "durable.session"):
+    for module in ("snapshot", "workflow.run", "durable.submitting"):
         monkeypatch.setattr(f"awaitly_postgres.{module}.datetime", Yesterday)
 
 

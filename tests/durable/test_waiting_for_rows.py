@@ -49,12 +49,12 @@ def test_a_save_in_a_long_transaction_costs_no_other_lease(
     store = make_store()
     snapshot = Workflow(lambda step: step("a", str)).snapshot()
     with (
-        store.lock("long", ttl=0.6) as long,
-        store.lock("bystander", ttl=0.6) as bystander,
+        store.lock("long", ttl=2) as long,
+        store.lock("bystander", ttl=2) as bystander,
         psycopg.connect(url) as conn,
     ):
         store.save("long", snapshot, lease=long, conn=conn)
-        wait_until(db, 1.8)
+        wait_until(db, 2)
         assert bystander.held()
         assert store.try_acquire("bystander") is None
         assert store.try_acquire("long") is None
@@ -69,10 +69,10 @@ def test_a_transaction_longer_than_the_ttl_on_the_only_connection_keeps_its_leas
     """It is renewed on a connection of its own."""
     with ConnectionPool(url, min_size=1, max_size=1) as pool:
         store = make_store(max_size=1) if own_pool else postgres(pool=pool)
-        durable = Durable(store, lock_ttl=0.5)
+        durable = Durable(store, lock_ttl=1.5)
 
         def work(step: Step) -> list[Any]:
-            first = step.transaction("a", lambda conn: wait_until(conn, 1.2))
+            first = step.transaction("a", lambda conn: wait_until(conn, 1.6))
             return [first, step("b", str)]
 
         assert durable.run("a", work) == [None, ""]
@@ -164,12 +164,12 @@ def test_a_transaction_longer_than_the_ttl_commits_at_every_isolation_level(
     isolated: Callable[[str], SnapshotStore], db: DB, level: str, size: int
 ) -> None:
     """Renewing its lease does not make its own fence fail; runs are resumed as well."""
-    durable = Durable(isolated(level), lock_ttl=0.6)
+    durable = Durable(isolated(level), lock_ttl=1.5)
     broken = [True]
 
     def slow(conn: DB) -> str:
         (found,) = conn.execute("SHOW transaction_isolation").fetchone()
-        wait_until(conn, 1.0)
+        wait_until(conn, 1.6)
         return found
 
     @durable.workflow

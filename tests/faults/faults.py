@@ -297,7 +297,7 @@ FAULTS = {
     "fork": Fault(noted("forked"), 12, 600, before=start_forking),
     "interrupt": Fault(noted("interrupted"), 40, 1000, before=limit_times),
     "threads": Fault(noted("left"), 60, 1000, before=leave_threads),
-    "poison": Fault(poison, 18, 600, before=expect_poison, after=outlive_poison),
+    "poison": Fault(poison, 9, 600, before=expect_poison, after=outlive_poison),
     "clock": Fault(clock, 6, 120, before=start_with_other_clocks),
     "terminate": Fault(terminate, 40, 1500),
     "immediate restart": Fault(restart("immediate"), 3, 60, own_server=True),

@@ -46,10 +46,17 @@ def durable_on(store: SnapshotStore, setup: Setup) -> Durable:
     hasty = workload.hasty
     observe = None if hasty is None else hasty.observe
     most = MAX_ATTEMPTS if setup.poison else None
-    durable = Durable(store, lock_ttl=setup.ttl, max_attempts=most, on_event=observe)
+    durable = Durable(
+        store, lock_ttl=setup.ttl, max_attempts=most, backoff=short_pause, on_event=observe
+    )
     durable.workflow(order)
     durable.workflow(deadly)
     return durable
+
+
+def short_pause(error: Exception, attempt: int) -> float:
+    """Return how long a run pauses that has failed: an ending with pauses of hours is no ending."""
+    return min(0.1 * 2**attempt, 2.0)
 
 
 def one_turn(durable: Durable, chance: random.Random) -> None:

@@ -137,6 +137,11 @@ def order(step: Step, id: str, seed: int) -> dict[str, str]:
     if shape.random() < 0.3:
         kinds = {"left": plain, "middle": exactly_once, "right": plain}
         fan_out(lambda key: kinds[key](key, 500), list(kinds))
+    if shape.random() < 0.5:
+        count, size = shape.choice([4, 24]), shape.choice([10, 500, 3000])
+        keys = [f"map[{nr}]" for nr in range(count)]
+        for key, value in zip(keys, map_over(step, act, keys, size), strict=True):
+            got(key, value)
     if shape.random() < 0.1:
         got("stumble", step("stumble", stumble, "stumble"))
     leave = None if hasty is None else hasty.start_threads(step, id, act)
@@ -216,6 +221,17 @@ class Hasty:
         futures = [self.threads.submit(late, "late-held", held=how != "wait")]
         futures += [self.threads.submit(several, thread) for thread in range(3)]
         return leave
+
+
+def map_over(step: Step, act: Callable[..., Any], keys: list[str], size: int) -> list[Any]:
+    """Have all of them done by a map, of which some fail at first."""
+
+    def one(key: str) -> Any:
+        if random.random() < STUMBLING / 10 and not setup.poison:
+            raise ConnectionResetError("the other side")
+        return act(key, size)
+
+    return step.map("map", one, keys, workers=6)
 
 
 def fan_out(work: Callable[[str], None], keys: list[str]) -> None:

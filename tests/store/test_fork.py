@@ -170,7 +170,7 @@ inside.wait()
 
 def child():
     store.save("child", SNAPSHOT)
-    with store.lock("child", ttl=0.3) as lease:
+    with store.lock("child") as lease:
         assert lease.held()
 
 fork(child)

@@ -142,6 +142,18 @@ def test_replaying_a_completed_run_asks_once_and_writes_nothing(
     assert min(written(lambda: durable.run(f"b-{next(new)}", work, 0, 0)) for _ in range(100)) > 0
 
 
+def test_a_page_of_runs_is_one_statement(traced: SnapshotStore, wire: Wire) -> None:
+    """Whatever it is narrowed by; and so is one run with its steps."""
+    durable = Durable(traced)
+    for nr in range(3):
+        durable.run(f"run-{nr}", work, 3, 10)
+    with wire.counted() as counts:
+        page = durable.list("run-", state="completed", metadata=None, limit=2)
+        assert len(durable.list("run-", after=page[-1])) == 1
+        assert durable.get("run-1").step_count == 3
+    assert counts == {"round trips": 3, "transactions": 3}
+
+
 def test_finding_that_another_was_faster_asks_once_and_writes_nothing(
     traced: SnapshotStore, wire: Wire, url: str
 ) -> None:
@@ -169,7 +181,7 @@ def test_finding_that_another_was_faster_asks_once_and_writes_nothing(
 # -- the statements ------------------------------------------------------------------------
 
 WRITES = [
-    *("save", "create", "begin", "take_up", "give_up", "write", "fold", "expire"),
+    *("save", "create", "begin", "take_up", "give_up", "refuse", "write", "fold", "expire"),
     *("finish", "finish_and_fold"),
     *("append", "append_in_transaction", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),

@@ -249,7 +249,8 @@ def test_a_prefix_lists_exactly_what_starts_with_it(
     """Neither wildcards nor quotes nor the ends of Unicode mean anything in a prefix."""
     # Names that begin with the prefixes, and names that nearly do.
     names |= {prefix + name for name in names} | {own + prefix + name for name in names}
-    names |= {prefix[:-1] + chr(ord(prefix[-1]) + 1)} if prefix and prefix[-1] < "\ud7ff" else set()
+    if prefix and prefix[-1] not in "\ud7ff\U0010ffff":  # after which no character comes
+        names |= {prefix[:-1] + chr(ord(prefix[-1]) + 1)}
     names.discard("")
     store = postgres(pool=pool, prefix=own)
     store.create_tables()

@@ -29,6 +29,10 @@ def checkout(step: Step, user_id: str) -> int:
     step(1, fetch_user, "a")  # expect: arg-type
     step.transaction("k", charge, "5")  # expect: arg-type
     step.transaction("k", charge)  # expect: call-arg
+    step.map("k", fetch_user, [5])  # expect: arg-type
+    step.map("k", fetch_user, range(5))  # expect: arg-type
+    step.map("k", fetch_user, ["a"], name=no_step)  # expect: arg-type
+    step.map("k", fetch_user)  # expect: call-arg
     step.sleep("nap", "5")  # expect: arg-type
     wrong: int = step("k", fetch_user, "a")  # expect: assignment
     return wrong

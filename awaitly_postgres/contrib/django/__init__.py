@@ -113,7 +113,7 @@ def atomic(using: str = "default") -> Iterator[Connection]:
                     "nothing to record; raise an exception to fail the step, or return a value"
                 )
     except django.db.Error as error:
-        # `Database.transaction` retries the opening while the server is away; it recognizes that by
+        # `Transaction.begin` retries this while the server is unavailable, which it recognizes by
         # psycopg's own error, not by Django's.
         if opened or not isinstance(error.__cause__, psycopg.Error):
             raise

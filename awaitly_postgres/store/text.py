@@ -1,0 +1,45 @@
+"""Text for people: durations, ages, and what a terminal can show."""
+
+from __future__ import annotations
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Escape what a terminal would obey instead of show: ids and messages are anybody's text."""
+    if text.isprintable():
+        return text
+    return "".join(
+        c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+def span(seconds: float) -> str:
+    """Write a duration: ``40 µs``, ``0.3 ms``, ``12 ms``, ``1.2 s``, ``3m12s``, ``4d``."""
+    if seconds < 0.9995:
+        milliseconds = max(seconds, 0.0) * 1000
+        if milliseconds < 0.0995:
+            return f"{milliseconds * 1000:.0f} µs"
+        return f"{milliseconds:.1f} ms" if milliseconds < 9.95 else f"{milliseconds:.0f} ms"
+    if seconds < 59.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes}m{left:02d}s"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours}h{minutes:02d}m"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours:02d}h" if days < 4 else f"{days}d"
+
+
+def age(seconds: float) -> str:
+    """Write how long ago something was, in one unit: ``0s``, ``119s``, ``3m``, ``2h``, ``4d``."""
+    whole = max(int(seconds), 0)
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60)):
+        if whole >= 2 * size:
+            return f"{whole // size}{unit}"
+    return f"{whole}s"
+
+
+def elide(text: str, most: int | None, sign: str = "…") -> str:
+    """Cut ``text`` to at most so many characters, ``sign`` included; None: not at all."""
+    return text if most is None or len(text) <= most else text[: most - len(sign)] + sign

@@ -1,0 +1,162 @@
+"""What one start of a workflow may ask for, and what has ended it."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+
+from attrs import define, field
+
+from .._checks import OnDrift, check_id
+from ..errors import AwaitlyError, DuplicateStepKey, WorkflowDrift, WorkflowError
+from .codec import Codec
+from .event import OnEvent
+from .history import History
+from .recorder import Recorder
+
+
+class Interrupted(BaseException):
+    """Carries the error that ends the run past any ``except Exception`` of the user's code."""
+
+    def __init__(self, error: BaseException) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+@define(eq=False)
+class Asking:
+    """The part of `Run` that decides which step may be asked for now.
+
+    Steps may be called from several threads; ``_lock`` guards the history and the private fields.
+    """
+
+    workflow: str
+    id: str | None = None
+    codec: Codec | None = None
+    on_event: OnEvent | None = None
+    on_drift: OnDrift = "error"
+    recorder: Recorder | None = None
+    history: History = field(factory=History)
+    _in_step: dict[int, str] = field(factory=dict)  # the key of the step each thread is in
+    _done: set[str] = field(factory=set)  # keys that this start has certainly recorded
+    _unrecorded: str | None = None  # the own thread's step that has begun and is not recorded yet
+    _ended_by: BaseException | None = None
+    _over: bool = False
+    _own_thread: int = field(factory=threading.get_ident)
+    _handled_before: BaseException | None = None
+    _lock: threading.RLock = field(factory=threading.RLock)
+
+    def is_own_thread(self) -> bool:
+        """Return whether this is the workflow's own thread."""
+        return threading.get_ident() == self._own_thread
+
+    @property
+    def interruption(self) -> AwaitlyError | None:
+        """The error of this package that ended the run; None if it ended in any other way."""
+        return self._ended_by if isinstance(self._ended_by, AwaitlyError) else None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether an error has ended the run, or it is over."""
+        return self._over or self._ended_by is not None
+
+    def end(self) -> None:
+        """From now on, refuse the steps that other threads still run: see `refuse_if_over`."""
+        with self._lock:
+            self._over = True
+
+    # -- asking ----------------------------------------------------------------------------
+
+    def _ask(self, key: str) -> str | None:
+        """Return the recorded JSON of ``key``, or None when the step may run now.
+
+        The workflow's own thread must ask for its recorded steps in their order, and for all of
+        them before anything new. Other threads may ask in any order; recorded steps of theirs that
+        have not been asked for when the function returns are drift then.
+        """
+        check_id(key, "step key")
+        with self._lock:
+            self._refuse_to_ask(key, [key])
+            history, own = self.history, self.is_own_thread()
+            if own and self.on_drift == "error" and not history.is_in_turn(key):
+                raise self._interrupt(WorkflowDrift(self.id, key, history.unreached()))
+            recorded = history.ask(key, own)
+            if recorded is None and own:
+                self._begin(key)
+            return recorded
+
+    def ask_map(self, key: str, keys: Sequence[str]) -> list[str | None]:
+        """Return what `_ask` does for each of ``keys``, the steps of the map ``key``.
+
+        All of them together have one place in the order of the workflow's own thread.
+        """
+        with self._lock:
+            self._refuse_to_ask(key, [key, *keys])
+            history, own = self.history, self.is_own_thread()
+            if self.on_drift == "error":
+                if (change := history.change_of_map(key, keys)) is not None:
+                    raise self._interrupt(WorkflowDrift(self.id, key, *change))
+                if own and not history.is_map_in_turn(keys):
+                    raise self._interrupt(WorkflowDrift(self.id, key, history.unreached()))
+            recorded = history.ask_map(key, keys, own)
+            if None in recorded and own:
+                self._begin(key)
+            return recorded
+
+    def _refuse_to_ask(self, key: str, keys: Sequence[str]) -> None:
+        self.refuse_if_over(key)
+        self.refuse_if_ended()
+        if (outer := self._in_step.get(threading.get_ident())) is not None:
+            raise self._interrupt(
+                WorkflowError(
+                    f"step {key!r} was called inside step {outer!r}. Call it "
+                    "from the workflow function: what is inside a step is recorded as a whole."
+                )
+            )
+        if (twice := self.history.asked_twice(keys)) is not None:
+            raise self._interrupt(DuplicateStepKey(self.id, twice))
+
+    def _begin(self, key: str) -> None:
+        """Note that the own thread has begun something new, which must be recorded before more."""
+        if self._unrecorded is not None:
+            raise self._interrupt(
+                WorkflowError(
+                    f"step {self._unrecorded!r} was interrupted before it was recorded, so "
+                    f"step {key!r} cannot run after it. Resume the run."
+                )
+            )
+        self._unrecorded = key
+
+    def refuse_if_ended(self) -> None:
+        """Raise if an error has ended the run: nothing more is begun, in whatever thread."""
+        if self._ended_by is None and self.is_own_thread():
+            # Called from a ``finally`` of the workflow, while Ctrl-C or the like is propagating.
+            passing = sys.exc_info()[1]
+            if passing is not self._handled_before and not isinstance(
+                passing, (Exception, Interrupted, type(None))
+            ):
+                self.stop(passing)
+        if self._ended_by is not None:
+            raise Interrupted(self._ended_by)
+
+    # -- what has ended it -----------------------------------------------------------------
+
+    def refuse_if_over(self, key: str) -> None:
+        """Raise if the run has ended: a step must not return as recorded when it is not."""
+        if self._over:
+            name = "this run" if self.id is None else f"the run of {self.id!r}"
+            raise WorkflowError(
+                f"{name} ended while another thread was still in step {key!r}; its result was not "
+                "recorded. Have the workflow function wait for its threads."
+            )
+
+    def stop(self, error: BaseException) -> None:
+        """End the run with ``error``: every further step is refused, in every thread."""
+        with self._lock:
+            if self._ended_by is None:  # the first error counts: later ones may be its consequences
+                self._ended_by = error
+
+    def _interrupt(self, error: AwaitlyError) -> Interrupted:
+        self.stop(error)
+        return Interrupted(error)

@@ -1,0 +1,167 @@
+"""`Step.map`: one step for each item, in threads."""
+
+from __future__ import annotations
+
+import _thread
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import Context, copy_context
+from threading import Thread
+from typing import Any, Generic, TypeVar
+
+from attrs import define, field
+
+from .asking import Interrupted
+from .run import Run
+
+A = TypeVar("A")
+T = TypeVar("T")
+
+
+@define(eq=False)
+class Map(Generic[A, T]):
+    """One call of `Step.map`: replays the items that are recorded, and runs the others.
+
+    Args:
+        run: the run it belongs to.
+        key: its key, which takes one place in the order of the workflow's own thread.
+        fn: called with each item.
+        items: the items.
+        keys: the key of each item's step.
+    """
+
+    run: Run
+    key: str
+    fn: Callable[[A], T]
+    items: Sequence[A]
+    keys: Sequence[str]
+    _own: bool = False
+    _results: list[Any] = field(factory=list)
+    _failure: tuple[int, Exception] | None = None  # only the first: there may be very many
+    _lock: _thread.LockType = field(factory=_thread.allocate_lock)
+
+    def __call__(self, workers: int) -> list[T]:
+        """Return the results in the order of the items, or raise the first failure among them."""
+        run = self.run
+        recorded = run.ask_map(self.key, self.keys)
+        self._own, self._results = run.is_own_thread(), [None] * len(recorded)
+        missing = []
+        for index, step in enumerate(recorded):
+            if step is None:
+                missing.append(index)
+            else:
+                self._replay(index, step)
+        if missing:
+            # As for a single step: what interrupts this before all items are recorded ends the run.
+            with run.live(self.key):
+                Threads(self._execute, iter(missing), min(workers, len(missing))).run(self.key)
+                run.refuse_if_ended()
+                run.acknowledge(self.key)
+        if self._failure is not None:
+            raise self._failure[1]
+        return self._results
+
+    def _replay(self, index: int, step: str) -> None:
+        try:
+            self._results[index] = self.run.replay(self.keys[index], self.fn, step)
+        except Exception as error:
+            self._note(index, error)
+
+    def _execute(self, index: int) -> bool:
+        """Run one item; return whether another may be begun."""
+        if self.run.has_ended:
+            return False
+        item, about = self.items[index], {"map": self.key, "of": len(self.keys)}
+        try:
+            self._results[index] = self.run.execute(
+                self.keys[index], self.fn, lambda: self.fn(item), self._own, about
+            )
+        except Exception as error:
+            self._note(index, error)
+        except BaseException as error:
+            if not isinstance(error, Interrupted):  # SystemExit in a thread ends the run, too
+                self.run.stop(error)
+            return False
+        return True
+
+    def _note(self, index: int, error: Exception) -> None:
+        with self._lock:
+            if self._failure is None or index < self._failure[0]:
+                self._failure = index, error
+
+
+def _held_lock() -> _thread.LockType:
+    lock = _thread.allocate_lock()
+    lock.acquire()
+    return lock
+
+
+@define(eq=False)
+class Threads:
+    """Calls ``work`` with each number of ``todo``, in ``count`` threads, until it returns False.
+
+    An exception out of a signal handler may strike the calling thread anywhere. So that one does
+    not touch `threading`, whose own locks it could leave locked for ever: it only waits for a plain
+    lock. All else is done by threads that no signal interrupts.
+    """
+
+    _work: Callable[[int], bool]
+    _todo: Iterator[int]
+    _count: int  # threads that have not ended
+    _context: Context = field(factory=copy_context)
+    _has_begun: bool = False
+    _is_stopped: bool = False
+    _error: RuntimeError | None = None  # why a thread could not be started
+    _lock: _thread.LockType = field(factory=_thread.allocate_lock)
+    _at_work: _thread.LockType = field(factory=_held_lock)  # held until all threads have ended
+
+    def run(self, name: str) -> None:
+        """Return when all is done, or when all threads have ended after one said to stop.
+
+        An exception is raised when they have ended: they finish what they are at, and begin no
+        more. Another one while they do is raised at once.
+        """
+        try:
+            _thread.start_new_thread(self._start, (name,))
+            with self._at_work:
+                pass
+        except BaseException:
+            with self._lock:
+                self._is_stopped = True
+                has_begun = self._has_begun
+            if has_begun:
+                with self._at_work:
+                    pass
+            raise
+        if self._error is not None and next(self._todo, None) is not None:
+            raise self._error
+
+    def _start(self, name: str) -> None:
+        with self._lock:
+            if self._is_stopped:
+                return  # nobody waits
+            self._has_begun = True
+        for nr in range(self._count):
+            try:
+                # daemon is given because by default it asks for the current thread, which would be
+                # listed for ever: this one was not made by `threading`.
+                Thread(target=self._go, name=f"{name}-{nr}", daemon=False).start()
+            except RuntimeError as error:
+                self._error = error
+                self._leave()
+
+    def _go(self) -> None:
+        try:
+            while not self._is_stopped:
+                with self._lock:
+                    index = next(self._todo, None)
+                # Each item has a copy of the caller's context variables, so that spans nest.
+                if index is None or not self._context.copy().run(self._work, index):
+                    break
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count == 0:
+                self._at_work.release()
