@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Callable, Iterator
 from html import unescape
@@ -18,7 +19,7 @@ import pytest
 
 from awaitly_postgres import Durable, Step
 from tests.chromium import chromium
-from tests.contrib.project import PAST, SHOP
+from tests.contrib.project import PAST, SHOP, order
 from tests.support import eventually
 
 DECLINED = "purchase_2Fdeclined%20_26%20odd"  # as the admin writes "purchase/declined & odd"
@@ -486,6 +487,46 @@ def test_the_pages_in_a_browser(
         page.screenshot(tmp_path / "waiting.png")
         page.open(f"{address}/admin/awaitly/workflow/{DECLINED}/change/")
         assert page.evaluate("document.querySelectorAll('details.failed[open]').length") == 2
+        page.resize(1200)
         page.open(address)
         page.screenshot(tmp_path / "shop.png")
         assert "10 left" in page.evaluate("document.body.innerText")
+
+
+def test_a_map_has_a_progress_bar(
+    shop: SimpleNamespace, admin: Any, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the status page of the shop and in the admin, while the worker is at it."""
+    from django.db import connections
+
+    gate = threading.Event()
+
+    def pack(order_id: str, number: int) -> str:
+        assert number <= 3 or gate.wait(60)
+        return str(number)
+
+    def work() -> None:
+        shop.workflows.durable.resume_pending()
+        connections.close_all()  # those of this thread
+
+    monkeypatch.setattr(shop.workflows, "pack", pack)
+    id = order(shop, 5)
+    worker = threading.Thread(target=work)
+    worker.start()
+    try:
+        durable = shop.workflows.durable
+        eventually(lambda: durable.get(f"checkout-{id}").maps == {"pack": (3, 5)}, "three of five")
+        session = {"sessionid": admin.cookies["sessionid"].value}
+        with chromium() as page:
+            for name, path in (
+                ("status", f"/orders/{id}"),
+                ("map", f"/admin/awaitly/workflow/checkout-{id}/change/"),
+            ):
+                page.open(address + path, **session)
+                page.screenshot(tmp_path / f"{name}.png")
+                assert page.evaluate("document.querySelector('progress').position") == 0.6
+            assert "pack 3/5" in page.evaluate("document.body.innerText").replace("  ", " ")
+    finally:
+        gate.set()
+        worker.join()
+    assert shop.workflows.durable.get(f"checkout-{id}").state == "completed"

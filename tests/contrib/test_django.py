@@ -10,6 +10,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import psycopg
@@ -191,6 +192,88 @@ def test_the_command_refuses_what_is_no_durable(
     assert done.stderr.strip() == f"CommandError: {message}"
 
 
+def test_the_command_takes_ids(shop: SimpleNamespace) -> None:
+    """After the Durable or without it, dots and all; also of runs that were given up."""
+    durable, checkout = shop.workflows.durable, shop.workflows.checkout
+    ids = [order(shop), order(shop), order(shop)]
+    first, second, third = (f"checkout-{id}" for id in ids)
+    dotted = f"invoice.{ids[2]}"
+    durable.submit(dotted, checkout, ids[2])
+    shop.db.execute(
+        "UPDATE awaitly_snapshots SET snapshot = jsonb_set(snapshot, '{metadata,gaveUpAt}', "
+        "to_jsonb(%s::text)) WHERE id = %s",
+        (PAST, first),
+    )
+    states = [lambda id=id: durable.get(id).state for id in (first, second, third, dotted)]
+    assert manage(shop.url, "resume_workflows", first).returncode == 0
+    assert [state() for state in states] == ["completed", "pending", "pending", "pending"]
+    done = manage(shop.url, "resume_workflows", "shop.workflows.durable", second, "--verbose")
+    assert (done.returncode, done.stdout.split("\n")[0]) == (0, f"completed  {second}")
+    assert manage(shop.url, "resume_workflows", dotted).returncode == 0
+    assert [state() for state in states] == ["completed", "completed", "pending", "completed"]
+    for arguments, message in (
+        (["no-such"], "CommandError: nothing is stored as 'no-such'\n"),
+        ([third, "--limit", "1"], "CommandError: give either ids, or"),
+    ):
+        done = manage(shop.url, "resume_workflows", *arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith(message)
+    assert durable.get(third).state == "pending"
+
+
+def test_the_command_takes_a_prefix_and_a_limit(shop: SimpleNamespace) -> None:
+    """As the command line does; and shows tracebacks if it is asked to."""
+    durable, checkout = shop.workflows.durable, shop.workflows.checkout
+    for id in ("a-1", "a-2", "b-1"):
+        durable.submit(id, checkout, str(uuid.UUID(int=0)))  # there is no such order
+    done = manage(shop.url, "resume_workflows", "--prefix", "a-", "--limit", "1", "--verbose")
+    assert done.returncode == 1
+    assert "failed     a-1 (attempt 1): \nTraceback (most recent call last):\n" in done.stderr
+    assert "CommandError: 1 of 1 workflows failed" in done.stderr
+    assert {run.id: run.attempts for run in durable.list()} == {"a-1": 1, "a-2": 0, "b-1": 0}
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_loops_until_it_is_stopped(
+    shop: SimpleNamespace, signum: signal.Signals
+) -> None:
+    """It takes up what is submitted meanwhile, and a signal ends it after the current run."""
+    with (
+        subprocess.Popen(
+            [sys.executable, str(SHOP / "manage.py"), "resume_workflows", "--loop", "0.05"],
+            env={**os.environ, "DATABASE_URL": shop.url},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command,
+        ExitStack() as stack,
+    ):
+        stack.callback(command.kill)  # if anything fails in here
+        for count in (1, 2):
+            order(shop)
+            eventually(lambda n=count: len(list(filter(None, payments(shop)))) == n, "a payment")
+        with psycopg.connect(shop.url) as blocker:
+            blocker.execute("SELECT FROM shop_product FOR NO KEY UPDATE")
+            order(shop)
+            waiting = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+            pid = (blocker.info.backend_pid,)
+            eventually(lambda: shop.db.execute(waiting, pid).fetchone(), "an update that waits")
+            command.send_signal(signum)
+            assert "stopping after the current workflow" in command.stderr.readline()
+        assert command.wait(timeout=60) == 0
+    assert payments(shop).count("") == 0
+    assert stock(shop) == 7
+
+
+def test_the_command_runs_several_at_once(shop: SimpleNamespace) -> None:
+    """With ``--workers``, each thread on connections of its own."""
+    for _ in range(4):
+        order(shop)
+    done = manage(shop.url, "resume_workflows", "--workers", "3", "-v", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("4 taken up, 0 failed\n")
+    assert stock(shop) == 6
+
+
 # -- the store and the transactions --------------------------------------------------------
 
 
@@ -328,6 +411,29 @@ def test_the_store_reads_the_settings_when_it_is_first_used(
         assert late.ping()
         assert late.list() == []
     connections["renamed"].close()
+
+
+def test_a_store_used_before_the_tests_moves_to_their_database(
+    site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And keeps no connection there, whatever was opened before."""
+    from django.core import mail
+    from django.db import connections
+
+    from awaitly_postgres.contrib.django import store
+
+    alias(monkeypatch, "moving")
+    with store("moving", min_size=0) as made:
+        before = made._db.rows(b"SELECT current_database()::text, pg_backend_pid()", {})
+        assert made._db.rows(b"SELECT current_database()::text, pg_backend_pid()", {}) == before
+        monkeypatch.setattr(mail, "outbox", [], raising=False)
+        monkeypatch.setitem(connections.settings["moving"], "NAME", "template1")
+        name, pid = made._db.rows(b"SELECT current_database()::text, pg_backend_pid()", {})[0]
+        assert name == "template1"
+        with psycopg.connect(site.url) as db:
+            alive = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
+            pids = [pid, before[0][1]]
+            eventually(lambda: db.execute(alive, (pids,)).fetchone() == (0,), "their ends")
 
 
 def test_the_store_takes_on_the_role_that_django_assumes(

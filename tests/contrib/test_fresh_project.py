@@ -16,7 +16,7 @@ import pytest
 from attrs import frozen
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from tests.contrib.project import SHOP
+from tests.contrib.project import SHOP, manage
 from tests.support import ROOT
 
 PAGE = (ROOT / "awaitly_postgres/contrib/django/README.md").read_text("utf-8")
@@ -283,3 +283,16 @@ def test_pytest_django_works_as_well(site: object, project: Project) -> None:
     pytest.importorskip("pytest_django")
     printed = project.run("-m", "pytest", "-q", "-p", "no:cacheprovider", "with_pytest.py")
     assert "3 passed" in printed
+
+
+def test_the_examples_own_tests_pass(site: object, server: str) -> None:
+    """And their database can be dropped."""
+    name = f"shop_{secrets.token_hex(4)}"
+    with psycopg.connect(server, autocommit=True) as admin:
+        admin.execute(f"CREATE DATABASE {name}")
+        try:
+            done = manage(make_conninfo(server, dbname=name), "test", "shop")
+            assert done.returncode == 0, done.stderr
+            assert "Ran 3 tests" in done.stderr
+        finally:
+            admin.execute(f"DROP DATABASE {name}")

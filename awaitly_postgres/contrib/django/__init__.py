@@ -4,12 +4,12 @@ Add ``"awaitly_postgres.contrib.django"`` to ``INSTALLED_APPS``: ``migrate`` the
 tables, ``resume_workflows`` resumes pending runs, and the admin shows all runs. In your own module:
 
     from awaitly_postgres import Durable
-    from awaitly_postgres.contrib.django import atomic, connection, store
+    from awaitly_postgres.contrib.django import atomic, store
 
     durable = Durable(store(), transaction=atomic)
 
     with transaction.atomic():                       # in a view: accepted if the block commits
-        durable.submit("checkout-1", checkout, 1, conn=connection())
+        durable.submit("checkout-1", checkout, 1)
 
     step.transaction("take-stock", take_stock, 1)    # in a workflow: the ORM writes commit with it
 """

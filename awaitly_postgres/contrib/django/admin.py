@@ -22,7 +22,7 @@ from django.utils.html import format_html
 from django.utils.text import smart_split, unescape_string_literal
 
 from ... import AwaitlyError, Durable, RunInfo, SnapshotFormatError
-from ...store.rows import STATES, StepInfo, age, elide, elide_steps, span
+from ...store.rows import STATES, StepInfo, age, elide, elide_steps, fold_maps, span
 from . import connection, shared_store
 from .models import Workflow
 
@@ -244,7 +244,7 @@ class WorkflowAdmin(admin.ModelAdmin):
             "written": age(row.age),
             "values": [(name, _text(value)) for name, value in shown.items() if value is not None],
             "faults": faults,
-            "bars": list(_timeline(row.steps)),
+            "bars": list(_timeline(fold_maps(row.steps))),
             **(extra_context or {}),
         }
         request.current_app = self.admin_site.name

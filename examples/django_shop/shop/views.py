@@ -7,8 +7,6 @@ from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
 from django.shortcuts import get_object_or_404, redirect, render
 from django.views.decorators.http import require_http_methods, require_safe
 
-from awaitly_postgres.contrib.django import connection
-
 from .models import Order, Product
 from .workflows import checkout, durable
 
@@ -35,8 +33,8 @@ def order(request: HttpRequest, id: uuid.UUID) -> HttpResponse:
             made, _ = Order.objects.get_or_create(
                 pk=id, defaults={"product": product, "quantity": quantity}
             )
-            durable.submit(f"checkout-{made.pk}", checkout, str(made.pk), conn=connection())
+            durable.submit(f"checkout-{made.pk}", checkout, str(made.pk))
         return redirect("order", id=made.pk)
     made = get_object_or_404(Order.objects.select_related("product"), pk=id)
-    run = durable.get(f"checkout-{made.pk}", conn=connection())
+    run = durable.get(f"checkout-{made.pk}")
     return render(request, "shop/order.html", {"order": made, "run": run})

@@ -12,18 +12,19 @@ durable = Durable(store(), transaction=atomic)
 
 @durable.workflow(version=1)
 def checkout(step: Step, order_id: str) -> dict:
-    """Take the stock, charge the card, note the payment."""
-    cents = step.transaction("take-stock", take_stock, order_id)
+    """Take the stock, charge the card, note the payment, pack the parcels."""
+    quantity, cents = step.transaction("take-stock", take_stock, order_id)
     payment = step("charge-card", charge_card, cents, step.idempotency_key("charge-card"))
     step.transaction("note-payment", note_payment, order_id, payment)
-    return {"order": order_id, "cents": cents, "payment": payment}
+    parcels = step.map("pack", lambda number: pack(order_id, number), range(1, quantity + 1))
+    return {"order": order_id, "cents": cents, "payment": payment, "parcels": parcels}
 
 
-def take_stock(conn, order_id: str) -> int:
+def take_stock(conn, order_id: str) -> list[int]:
     """Decrement the stock through the ORM, in the transaction that records the step."""
     order = Order.objects.select_related("product").get(pk=order_id)
     Product.objects.filter(pk=order.product_id).update(stock=F("stock") - order.quantity)
-    return order.quantity * order.product.cents
+    return [order.quantity, order.quantity * order.product.cents]
 
 
 def charge_card(cents: int, idempotency_key: str) -> str:
@@ -34,3 +35,8 @@ def charge_card(cents: int, idempotency_key: str) -> str:
 def note_payment(conn, order_id: str, payment: str) -> None:
     """Store the receipt with the order."""
     Order.objects.filter(pk=order_id).update(payment=payment)
+
+
+def pack(order_id: str, number: int) -> str:
+    """Stand in for whoever packs the parcels, several at once."""
+    return f"{order_id}/{number}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import Counter
@@ -152,7 +153,10 @@ class Command(BaseCommand):
             # os.write, not print: the signal may have interrupted a print, which is not reentrant.
             os.write(2, b"stopping after the current workflow; repeat to stop now\n")
 
-        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+        # Signals reach the main thread only, and only there may their handlers be set.
+        is_main = threading.current_thread() is threading.main_thread()
+        signums = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        before = {signum: signal.signal(signum, stop) for signum in signums}
         try:
             yield
         finally:
