@@ -181,7 +181,11 @@ def test_nothing_else_is_public() -> None:
 def test_the_run_time_dependencies_are_psycopg_and_attrs() -> None:
     """As declared, and as loaded: no extra's package is imported before it is asked for."""
     declared = [entry for entry in requires("awaitly-postgres") or () if "extra ==" not in entry]
-    assert {re.split(r"[^\w-]", entry)[0] for entry in declared} == {"psycopg", "psycopg-pool", "attrs"}
+    assert {re.split(r"[^\w-]", entry)[0] for entry in declared} == {
+        "psycopg",
+        "psycopg-pool",
+        "attrs",
+    }
     loaded = python(
         "import sys, json; before = set(sys.modules); import awaitly_postgres;"
         "print(json.dumps(sorted({n.split('.')[0] for n in set(sys.modules) - before})))"

@@ -302,10 +302,16 @@ class Checkpoints:
         # Counted before it is sent, so that the next write gets a later number whatever becomes of
         # this one: if the reply is lost and the statement lands late, it no longer fits.
         self.written = self.written.trying_rewrite()
-        statement = self._sql.write if self.written.journal_is_empty else self._sql.fold
+        sql = self._sql
         if expired is not None:
-            statement = self._sql.expire
-        if not execute(conn, statement, params, prepare=True):
+            landed = execute(conn, sql.expire, params, prepare=True)
+        else:
+            statement = sql.write if self.written.journal_is_empty else sql.fold
+            # The row may have been deleted meanwhile.
+            landed = execute(conn, statement, params, prepare=True) or execute(
+                conn, sql.write_anew, params, prepare=True
+            )
+        if not landed:
             return False
         self.written = self.written.after_rewrite(len(params["snapshot"]))
         return True
