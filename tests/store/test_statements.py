@@ -359,7 +359,9 @@ def calls(text: str) -> Iterator[tuple[str, str, str]]:
         )
         commands = [
             found
-            for found in re.finditer(r"\b(SELECT|INSERT|UPDATE|DELETE|RETURNING)\b(?! SET| SKIP)", text)
+            for found in re.finditer(
+                r"\b(SELECT|INSERT|UPDATE|DELETE|RETURNING)\b(?! SET| SKIP)", text
+            )
             if found.start() < call.start()
             and min(depths[found.start() : call.start() + 1]) == depths[found.start()]
         ]
