@@ -17,6 +17,8 @@ from typing import Any, Literal
 import psycopg
 from psycopg.conninfo import make_conninfo
 
+from awaitly_postgres import postgres
+
 DB = psycopg.Connection
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -82,6 +84,15 @@ def restore(db: DB, photo: dict[str, list[str]]) -> None:
         for text in rows:
             db.execute(f"INSERT INTO {table} SELECT (%s::{table}).*", [text])
     db.execute("UPDATE awaitly_workflow_lock SET expires_at = clock_timestamp()")
+
+
+def distribute(url: str) -> None:
+    """Make the tables, and distribute them as the recipe for Citus says."""
+    page = (EXAMPLES / "README.md").read_text("utf-8")
+    recipe = page.partition("### Citus\n")[2].partition("```sql\n")[2].partition("```")[0]
+    with postgres(url) as store, psycopg.connect(url, autocommit=True) as conn:
+        store.create_tables()
+        conn.execute(recipe)
 
 
 # -- a network that loses things -----------------------------------------------------------

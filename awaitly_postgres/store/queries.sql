@@ -891,7 +891,8 @@ id IN (                                              -- if unfinished
 
 -- name: stats
 -- Rows in all, rows of each status and state, and bytes. Only the unfinished ones are grouped, by
--- the partial index; the caller gets the number of completed ones by subtraction.
+-- the partial index; the caller gets the number of completed ones by subtraction. The last row says
+-- whether the extension citus is there.
 SELECT 'total', NULL, NULL, count(*) FROM {snapshots}
 WHERE TRUE
     {and_in_range}
@@ -902,7 +903,23 @@ WHERE {unfinished}
     {and_in_range}
 GROUP BY 2, 3
 UNION ALL
-SELECT 'bytes', NULL, NULL, sum(pg_total_relation_size(name::regclass))::bigint
+SELECT
+    'bytes',
+    (SELECT extname::text FROM pg_extension WHERE extname = 'citus'),
+    NULL,
+    sum(pg_total_relation_size(name::regclass))::bigint
+FROM unnest(%(tables)s::text[]) AS name
+
+-- name: distributed_bytes
+-- Sent after stats where that has found the extension citus: of a distributed table, the bytes above
+-- are those of its empty shell. All shards with their indexes, and what is not distributed.
+SELECT sum(
+    CASE
+        WHEN EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = name::regclass)
+        THEN citus_total_relation_size(name::regclass)
+        ELSE pg_total_relation_size(name::regclass)
+    END
+)::bigint
 FROM unnest(%(tables)s::text[]) AS name
 
 

@@ -196,9 +196,10 @@ READS_AND_HOUSEKEEPING = [
         "runs",
         "get",
     ),
-    *("pending", "retry_at", "unfinished", "where_state", "stats"),
+    *("pending", "retry_at", "unfinished", "where_state", "stats", "distributed_bytes"),
     *("prunable", "delete_many", "delete_many_journals"),
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
+    *("citus", "citus_worker"),
 ]
 NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
 NEEDING_A_JOURNAL |= {"delete_many_journals", "sweep_journal"}
