@@ -22,7 +22,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import Durable, SnapshotStore, embedded, postgres
-from tests.support import Proxy
+from tests.support import HERE, Proxy, distribute
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +36,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="read committed",
         help='default_transaction_isolation of the embedded server, "serializable" for example',
     )
+
+    parser.addoption(
+        "--citus",
+        action="store_true",
+        help="run the tests of durable runs and leases on tables that are distributed; "
+        "--postgres-url is the coordinator of a cluster",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--citus"):
+        return
+    if not config.getoption("--postgres-url"):
+        raise pytest.UsageError("--citus needs --postgres-url")
+    places = (HERE / "durable", HERE / "store/test_lease.py")
+    chosen = [item for item in items if any(item.path.is_relative_to(place) for place in places)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +113,10 @@ def url(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
     pinned = READ_COMMITTED if request.node.get_closest_marker("read_committed") else ""
     with psycopg.connect(server, autocommit=True) as admin:
         admin.execute(f"CREATE SCHEMA {schema}")
-        yield make_conninfo(server, options=f"-c search_path={schema} {pinned}")
+        url = make_conninfo(server, options=f"-c search_path={schema} {pinned}")
+        if request.config.getoption("--citus"):
+            distribute(url)
+        yield url
         admin.execute(f"DROP SCHEMA {schema} CASCADE")
 
 

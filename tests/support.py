@@ -19,7 +19,7 @@ from typing import Any, Literal
 import psycopg
 from psycopg.conninfo import make_conninfo
 
-from awaitly_postgres import SnapshotStore
+from awaitly_postgres import SnapshotStore, postgres
 
 DB = psycopg.Connection
 HERE = Path(__file__).parent
@@ -118,6 +118,15 @@ def wake(stopped: list[int], db: DB) -> None:
 def shut_down(descriptor: int) -> None:
     with socket.socket(fileno=os.dup(descriptor)) as connection:
         connection.shutdown(socket.SHUT_RDWR)
+
+
+def distribute(url: str) -> None:
+    """Make the tables, and distribute them as the recipe for Citus says."""
+    page = (EXAMPLES / "README.md").read_text("utf-8")
+    recipe = page.partition("### Citus\n")[2].partition("```sql\n")[2].partition("```")[0]
+    with postgres(url) as store, psycopg.connect(url, autocommit=True) as conn:
+        store.create_tables()
+        conn.execute(recipe)
 
 
 # -- a network that loses things -----------------------------------------------------------

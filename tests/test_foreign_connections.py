@@ -6,13 +6,13 @@ import json
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import psycopg
 import pytest
 from psycopg import IsolationLevel, sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg.rows import dict_row, namedtuple_row, scalar_row, tuple_row
 from psycopg.types.json import Jsonb, set_json_dumps, set_json_loads
 from psycopg.types.string import TextLoader
@@ -299,3 +299,35 @@ def test_a_latin1_connection_refuses_before_it_sends(latin1: str) -> None:
         with pytest.raises(StoreError, match="client_encoding=utf8"):
             store.save("ördër", snapshot(a="😀"), conn=conn)
         assert store.load("ördër", conn=conn) == snapshot(a="ü")
+
+
+@pytest.mark.parametrize("style", ["German", "SQL,DMY", "SQL,MDY", "Postgres,DMY", "ISO,DMY"])
+def test_the_date_style_of_a_connection_does_not_matter(
+    store: SnapshotStore, url: str, style: str
+) -> None:
+    """Neither on the caller's connection nor in the pool: no time goes through it as text."""
+    store.create_tables()
+    styled = make_conninfo(url, options=conninfo_to_dict(url)["options"] + f" -c DateStyle={style}")
+    with psycopg.connect(styled) as conn, postgres(styled) as other:
+        durable = Durable(other)
+
+        @durable.workflow
+        def work(step: Step) -> Any:
+            return step.wait("go", timeout=3600)
+
+        moment = datetime(2030, 12, 30, 17, tzinfo=timezone.utc)
+        assert durable.submit("a", work, conn=conn)
+        assert not durable.submit("a", work, conn=conn)
+        assert durable.with_options(at=moment).submit("b", work, conn=conn)
+        assert durable.with_options(delay=3600).submit("c", work, conn=conn)
+        assert [info.next_at for info in store.details(["b"], conn=conn)] == [moment]
+        conn.commit()
+        (outcome,) = durable.resume_pending()
+        assert outcome.status == "suspended"
+        assert durable.signal("a", "go", 1)
+        (outcome,) = durable.resume_pending()
+        assert outcome.result == 1
+        newest, *_ = durable.list()
+        assert newest.id == "a"
+        assert sorted(info.id for info in durable.list(after=newest)) == ["b", "c"]
+        assert other.prune(timedelta(0)) == 1

@@ -236,11 +236,12 @@ def test_schema_is_the_one_that_is_made(store: SnapshotStore) -> None:
 # What Citus asks of these calls: the column is in the primary key, and tables that lie together
 # have the same type and collation there.
 CITUS = """
-CREATE FUNCTION create_distributed_table(regclass, text, colocate_with text DEFAULT NULL)
+CREATE FUNCTION create_distributed_table(
+    regclass, text, colocate_with text DEFAULT NULL, shard_count int DEFAULT NULL)
 RETURNS boolean LANGUAGE sql AS $$
   SELECT attnum = ANY (SELECT unnest(conkey) FROM pg_constraint
                        WHERE conrelid = $1 AND contype = 'p')
-     AND ($3 IS NULL OR (atttypid, attcollation) = (
+     AND ($3 IS NULL OR $3 = 'none' AND $4 <> 32 OR (atttypid, attcollation) = (
          SELECT atttypid, attcollation FROM pg_attribute
          WHERE attrelid = $3::regclass AND attname = 'id'))
   FROM pg_attribute WHERE attrelid = $1 AND attname = $2

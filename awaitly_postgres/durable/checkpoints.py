@@ -329,10 +329,10 @@ class Checkpoints:
         # Counted before it is sent, so that the next write gets a later number whatever becomes of
         # this one: if the reply is lost and the statement lands late, it no longer fits.
         self.written = self.written.trying_rewrite()
-        statement = self._sql.write if self.written.journal_is_empty else self._sql.fold
-        if expired is not None:
-            statement = self._sql.expire
-        if not execute(conn, statement, params, prepare=True):
+        sql = self._sql
+        rewrite = sql.write if self.written.journal_is_empty else sql.fold
+        ways = [rewrite, sql.write_anew] if expired is None else [sql.expire]
+        if not any(execute(conn, way, params, prepare=True) for way in ways):
             return False
         self.written = self.written.after_rewrite(len(params["snapshot"]))
         return True
@@ -376,8 +376,7 @@ class Checkpoints:
             # before that could miss a step that is committed a moment later.
             fetch(conn, self._sql.wait_for_commit, {"id": self.key, "token": self.token})
             rows = fetch(conn, self._sql.load, {"id": self.key})
-            stored = decode_snapshot(self.id, rows[0][0], rows[0][1]) if rows else None
-            steps = {} if stored is None else stored.steps
+            steps = decode_snapshot(self.id, rows[0][0], rows[0][1]).steps if rows else {}
             return key in steps and bool(steps[key].to_json() == _json.loads(step))
 
         return self.db.run_apart(look)

@@ -39,13 +39,14 @@ class Steering(Options):
         """Delete everything in the store (under its prefix); return how many runs there were."""
         return self.store._clear()
 
-    def signal(self, id: str, key: str, value: Any) -> bool:
+    def signal(self, id: str, key: str, value: Any, *, conn: Connection | None = None) -> bool:
         """Answer ``step.wait(key)`` of the run stored as ``id``, also before it gets there.
 
         Args:
             id: the id of the run.
             key: the key of the wait.
             value: what ``step.wait`` returns; JSON, or what the codec converts to it.
+            conn: your psycopg connection, whose transaction the answer then joins.
 
         Returns:
             True if the answer was stored; False if there is no such unfinished run, it already has
@@ -73,12 +74,13 @@ class Steering(Options):
             taken = fetch(conn, sql.signal_for, params) if tries > 1 else []
             return bool(taken) and _json.as_stored(taken[0][0]) == _json.as_stored(value_json)
 
-        return self.store._db.run(send)
+        return self.store._db.run(send, self.store._db.joined(conn))
 
-    def cancel(self, id: str) -> bool:
+    def cancel(self, id: str, *, conn: Connection | None = None) -> bool:
         """End the run stored as ``id`` for good; return whether there was an unfinished one.
 
         If it is running, its next checkpoint is refused and its caller gets `WorkflowCancelled`.
+        With ``conn``, your psycopg connection, this joins the transaction that is open there.
         """
         now = timestamp()
         ended = {"status": "failed", "lastUpdated": now, "completedAt": now}
@@ -95,4 +97,4 @@ class Steering(Options):
             fetch(conn, sql.lock_lease_row, params)
             return bool(fetch(conn, sql.cancel, params))
 
-        return self.store._db.run_once(work)
+        return self.store._db.run_once(work, self.store._db.joined(conn))

@@ -181,12 +181,14 @@ def set_up_prepared_statements(conn: Connection) -> None:
     """Have statements planned once; behind PgBouncer, have none prepared.
 
     There the next client of the server connection would find our statements under its own names. A
-    pooler answers with a process id of its own making.
+    pooler answers with a process id of its own making. Citus finds the shard of a row by its id, so
+    it can make no plan for all ids.
     """
     direct = fetch(
         conn,
-        b"SELECT set_config('plan_cache_mode', 'force_generic_plan', false) "
-        b"WHERE pg_backend_pid() = %(pid)s",
+        b"SELECT set_config('plan_cache_mode', CASE WHEN EXISTS "
+        b"(SELECT FROM pg_extension WHERE extname = 'citus') THEN 'auto' "
+        b"ELSE 'force_generic_plan' END, false) WHERE pg_backend_pid() = %(pid)s",
         {"pid": conn.info.backend_pid},
     )
     if not direct:

@@ -40,6 +40,9 @@ _DDL_PATIENCE = "5s"  # to wait for others who make the tables
 # (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
 _TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
 
+# How Citus tells, as an internal error, that it has lost a worker node.
+_NODE_LOST = ("failure on connection marked as essential", "server closed the connection")
+
 ROLLBACK = psycopg.Rollback
 
 _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
@@ -288,6 +291,7 @@ class Database:
         try:
             with conn.transaction():
                 self._serialize_ddl(conn)
+                self._refuse_on_a_citus_worker(conn)
                 for name in names:
                     if name or not fetch(conn, self.sql.schema_exists, {}):
                         for statement in self.sql.ddl[name].split(";\n"):
@@ -300,6 +304,15 @@ class Database:
                 f"the tables are missing and cannot be made here ({error.diag.message_primary}).",
                 self.ddl(),
             ) from error
+
+    def _refuse_on_a_citus_worker(self, conn: Connection) -> None:
+        """Tables made there are that node's own: an id could run there and elsewhere as well."""
+        if fetch(conn, self.sql.citus, {}) and fetch(conn, self.sql.citus_worker, {}):
+            raise SchemaMissing(
+                "tables are missing, and this server is a worker node of Citus, where they would "
+                "be local: make them on the coordinator and distribute them.",
+                self.ddl(),
+            )
 
     def _serialize_ddl(self, conn: Connection) -> None:
         """Wait for others who make the tables, but not for ever.
@@ -336,6 +349,8 @@ def _is_transient(error: Exception) -> bool:
         return False
     if error.sqlstate is None:
         return isinstance(error, psycopg.OperationalError)  # the connection went away
+    if error.sqlstate == "XX000":
+        return any(words in str(error) for words in _NODE_LOST)
     return error.sqlstate.startswith(_TRANSIENT)
 
 

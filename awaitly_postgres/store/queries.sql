@@ -19,7 +19,7 @@
 --                        the whole table once the server uses a generic plan.)
 --
 -- All other comments have lines of their own. They are not sent, and whitespace is collapsed. Only
--- a single word in braces is a fragment: '{}' and '{metadata,signals}' are JSON, and stay.
+-- a single word in braces is a fragment: '{}', '{"steps"}' and '{metadata,signals}' stay.
 --
 -- RULES
 --
@@ -31,9 +31,18 @@
 --   a part wait for the fence, and do nothing if the fence has found no row.
 -- * A statement may be sent again after a lost reply, so repeating it must be harmless. Where that
 --   is not obvious, the comment says why it is.
--- * Time is the server's: clock_timestamp(), since now() stands still in a caller's transaction.
---   Only prunable asks for statement_timestamp(): it stores nothing, and an index can be searched
---   for a time that is fixed during the statement.
+-- * Time is the server's: statement_timestamp(). now() stands still in a caller's transaction.
+--   clock_timestamp() is volatile: Citus refuses it in a write, and no index is searched for it. A
+--   statement that had to wait thus judges by the time at which it came. That is safe, because a
+--   lease that has run out is only free to be taken: whoever takes it replaces the row, under its
+--   lock, and then the token does not match, whatever the time. Nobody can have done so while the
+--   statement holds the row.
+-- * What a write computes from its columns is immutable, as Citus demands: jsonb_set() and ||, not
+--   jsonb_build_object(); times as they are, not to_char(). A subquery that names a column of the
+--   query around it has neither LIMIT nor an aggregate without GROUP BY on the id.
+-- * These ask every shard, since they name no id:
+--     list, runs, pending, unfinished, where_state, stats, stored_calls, create_many,
+--     prunable, delete_many, delete_many_journals, sweep_journal, sweep_locks
 -- * What comes back is text, integers and booleans. Callers may have adapters of their own for
 --   jsonb and timestamps, and those must not matter.
 
@@ -50,22 +59,22 @@
 
 -- fragment: stored_now
 -- The time as it is stored.
-to_char(clock_timestamp() AT TIME ZONE 'UTC', {stored_iso})
+to_char(statement_timestamp() AT TIME ZONE 'UTC', {stored_iso})
 
 -- fragment: pause_end
 -- When a run is due again that is not to be taken up for %(pause)s seconds.
 to_char(
-    (clock_timestamp() + make_interval(secs => %(pause)s::float8)) AT TIME ZONE 'UTC',
+    (statement_timestamp() + make_interval(secs => %(pause)s::float8)) AT TIME ZONE 'UTC',
     {stored_iso}
 )
 
 -- fragment: lease_end
 -- When a lease runs out that is taken or renewed now.
-clock_timestamp() + make_interval(secs => %(ttl)s)
+statement_timestamp() + make_interval(secs => %(ttl)s)
 
 -- name: now
 -- The server's time, by which step.sleep and step.wait count.
-SELECT to_char(clock_timestamp() AT TIME ZONE 'UTC', {iso})
+SELECT to_char(statement_timestamp() AT TIME ZONE 'UTC', {iso})
 
 
 -- Pieces of a document -----------------------------------------------------------------------
@@ -95,13 +104,23 @@ NULL
 -- Sweeps up the journal of one run, as part of the statement that makes it obsolete.
 DELETE FROM {journal} WHERE id = %(id)s
 
--- fragment: steps_and_taken_out -- if journal
--- The steps of the snapshot, with those just taken out of the journal laid under them: where
--- both have a key, the snapshot's step counts, as it does for load.
-COALESCE(
+-- fragment: folded_steps -- if journal
+-- An object with the steps of the snapshot, and those just taken out of the journal laid under
+-- them: where both have a key, the snapshot's step counts, as it does for load.
+jsonb_set('{}', '{"steps"}', COALESCE(
     (SELECT jsonb_object_agg(key, step) FROM taken_out) || (snapshot->'steps'),
-    snapshot->'steps'
-)
+    snapshot->'steps',
+    'null'
+))
+
+-- fragment: folded_steps -- if no journal
+-- An empty object: there is nothing to fold.
+'{}'::jsonb
+
+-- fragment: untouched
+-- Whether nobody has written to the run since it was %(seen)s: text as it was returned, NULL for a
+-- row without a proper time.
+CASE WHEN isfinite(updated_at) THEN updated_at END IS NOT DISTINCT FROM %(seen)s::timestamptz
 
 -- fragment: keep_signals
 -- Replaces the document, but not the signals in it. A signal is sent without the lease, so the
@@ -128,7 +147,7 @@ ON CONFLICT (id) DO UPDATE SET
 workflow_id = %(id)s AND split_part(owner_token, '#', 1) = %(token)s
 
 -- fragment: lease_is_ours
-{token_is_ours} AND expires_at > clock_timestamp()
+{token_is_ours} AND expires_at > statement_timestamp()
 
 -- fragment: last_step_is_there
 -- Whether the journal still has the last step that was appended, unless a rewrite of the
@@ -148,7 +167,7 @@ workflow_id = %(id)s AND split_part(owner_token, '#', 1) = %(token)s
 -- write that follows one names it instead, and matches nothing if it is missing.
 workflow_id = %(id)s
 AND owner_token = ANY(%(tokens)s::text[])
-AND expires_at > clock_timestamp()
+AND expires_at > statement_timestamp()
 AND {last_step_is_there}  -- if journal
 
 -- fragment: numbered_fence
@@ -190,7 +209,7 @@ SELECT
     split_part(owner_token, '#', 1),
     to_char(expires_at AT TIME ZONE 'UTC', {iso})
 FROM {snapshots}
-LEFT JOIN {leases} ON workflow_id = id AND expires_at > clock_timestamp()
+LEFT JOIN {leases} ON workflow_id = id AND expires_at > statement_timestamp()
 WHERE id = %(id)s
 
 -- name: exists
@@ -203,7 +222,7 @@ SELECT 1 FROM {snapshots} WHERE id = %(id)s
 WITH given AS (SELECT %(id)s::text AS id)
 , swept AS ({clear_journal})  -- if journal
 INSERT INTO {snapshots} (id, snapshot, updated_at)
-SELECT id, %(snapshot)s::jsonb, clock_timestamp() FROM given
+SELECT id, %(snapshot)s::jsonb, statement_timestamp() FROM given
 ON CONFLICT (id) DO UPDATE SET snapshot = EXCLUDED.snapshot, updated_at = EXCLUDED.updated_at
 
 -- name: save_under_lease
@@ -216,13 +235,13 @@ WITH fence AS (
     WHERE {token_is_ours}
         AND (
             current_setting('transaction_isolation') NOT IN ('read committed', 'read uncommitted')
-            OR expires_at > clock_timestamp()
+            OR expires_at > statement_timestamp()
         )
     FOR KEY SHARE
 )
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
 INSERT INTO {snapshots} (id, snapshot, updated_at)
-SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM fence
+SELECT %(id)s, %(snapshot)s::jsonb, statement_timestamp() FROM fence
 {keep_signals}
 
 -- name: create
@@ -230,7 +249,7 @@ SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM fence
 -- without a snapshot is the remainder of an earlier run that was deleted.
 WITH created AS (
     INSERT INTO {snapshots} (id, snapshot, updated_at)
-    VALUES (%(id)s, {dated_document}, clock_timestamp())
+    VALUES (%(id)s, {dated_document}, statement_timestamp())
     ON CONFLICT (id) DO NOTHING
     RETURNING 1
 )
@@ -269,11 +288,14 @@ SELECT (SELECT count(*) FROM gone)::int
 -- name: acquire
 -- Takes a lease that nobody has. If there is a row, the insert is not even tried: should its
 -- holder be about to delete it, ON CONFLICT would wait for that transaction to end.
-INSERT INTO {leases} (workflow_id, owner_token, expires_at)
-SELECT %(id)s, %(token)s, {lease_end}
-WHERE NOT EXISTS (SELECT FROM {leases} WHERE workflow_id = %(id)s)
-ON CONFLICT (workflow_id) DO NOTHING
-RETURNING to_char(expires_at AT TIME ZONE 'UTC', {iso})
+WITH lease AS (
+    INSERT INTO {leases} (workflow_id, owner_token, expires_at)
+    SELECT %(id)s, %(token)s, {lease_end}
+    WHERE NOT EXISTS (SELECT FROM {leases} WHERE workflow_id = %(id)s)
+    ON CONFLICT (workflow_id) DO NOTHING
+    RETURNING expires_at
+)
+SELECT to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM lease
 
 -- name: take_over
 -- Sent if acquire found a row. The lease is free if it has run out, or if the token is ours:
@@ -283,15 +305,18 @@ RETURNING to_char(expires_at AT TIME ZONE 'UTC', {iso})
 -- at its fence: it could still lock an updated row; see isolated_fence.
 WITH free AS (
     SELECT workflow_id FROM {leases}
-    WHERE workflow_id = %(id)s AND (expires_at <= clock_timestamp() OR owner_token = %(token)s)
+    WHERE workflow_id = %(id)s AND (expires_at <= statement_timestamp() OR owner_token = %(token)s)
     FOR UPDATE SKIP LOCKED
 ),
 gone AS (
     DELETE FROM {leases} WHERE workflow_id = %(id)s AND EXISTS (SELECT FROM free) RETURNING 1
+),
+lease AS (
+    INSERT INTO {leases} (workflow_id, owner_token, expires_at)
+    SELECT %(id)s, %(token)s, {lease_end} FROM gone
+    RETURNING expires_at
 )
-INSERT INTO {leases} (workflow_id, owner_token, expires_at)
-SELECT %(id)s, %(token)s, {lease_end} FROM gone
-RETURNING to_char(expires_at AT TIME ZONE 'UTC', {iso})
+SELECT to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM lease
 
 -- name: holder
 -- Who has the lease that neither of the two above could take, for AlreadyRunning to say.
@@ -356,7 +381,7 @@ lease AS (
 ),
 created AS (
     INSERT INTO {snapshots} (id, snapshot, updated_at)
-    SELECT %(id)s, %(snapshot)s::jsonb, clock_timestamp() FROM lease
+    SELECT %(id)s, %(snapshot)s::jsonb, statement_timestamp() FROM lease
     ON CONFLICT (id) DO NOTHING
     RETURNING 1
 )
@@ -377,15 +402,14 @@ SELECT
 -- the time before which it is not due again, folds the journal into the snapshot, and returns
 -- that. So a run that kills its process backs off like one that fails. All of it happens only if
 -- nobody has touched the run since it was %(seen)s, or if the token has the next number already:
--- then the first try landed and its reply was lost, and writing the same again does no harm.
--- (The time is compared with IS NOT DISTINCT FROM, because a row may have none.) FOR UPDATE
--- twice, the lease's row first: what is compared stays so until it is written.
+-- then the first try landed and its reply was lost, and writing the same again does no harm. FOR
+-- UPDATE twice, the lease's row first: what is compared stays so until it is written.
 WITH fence AS (SELECT owner_token FROM {leases} WHERE {write_is_next} FOR UPDATE),
 untouched AS (
     SELECT id FROM {snapshots}
     WHERE id = %(id)s
         AND (
-            to_char(updated_at AT TIME ZONE 'UTC', {iso}) IS NOT DISTINCT FROM %(seen)s::text
+            {untouched}
             OR EXISTS (SELECT FROM fence WHERE owner_token = %(next)s::text)
         )
         AND EXISTS (SELECT FROM fence)
@@ -400,10 +424,10 @@ numbered AS (
     {clear_journal} AND EXISTS (SELECT FROM numbered) RETURNING key, step  -- if journal
 )                                                                          -- if journal
 UPDATE {snapshots} SET
-    updated_at = clock_timestamp(),
-    snapshot = snapshot || jsonb_build_object(
-        'steps', {steps_and_taken_out},  -- if journal
-        'metadata',
+    updated_at = statement_timestamp(),
+    snapshot = snapshot || jsonb_set(
+        {folded_steps},
+        '{"metadata"}',
         ({metadata} - '{waits,gaveUpAt,refusal}'::text[])
             || %(metadata)s::jsonb
             || jsonb_build_object('wakeAt', {pause_end})
@@ -418,18 +442,20 @@ RETURNING snapshot::text
 -- The answer survives a lost reply as that of delete does.
 WITH {releasing_fence}
 UPDATE {snapshots} SET
-    updated_at = clock_timestamp(),
-    snapshot = snapshot || jsonb_build_object(
-        'execution',
-        (snapshot->'execution') || jsonb_build_object(
-            'status', 'failed', 'lastUpdated', {stored_now}, 'completedAt', {stored_now}
-        ),
-        'metadata',
+    updated_at = statement_timestamp(),
+    snapshot = snapshot || jsonb_set(
+        jsonb_set('{}', '{"execution"}', COALESCE(
+            (snapshot->'execution') || jsonb_build_object(
+                'status', 'failed', 'lastUpdated', {stored_now}, 'completedAt', {stored_now}
+            ),
+            'null'
+        )),
+        '{"metadata"}',
         ({metadata} - '{wakeAt,waits,refusal}'::text[])
             || jsonb_build_object('gaveUpAt', {stored_now}, 'failure', %(failure)s::jsonb)
     )
 WHERE id = %(id)s
-    AND to_char(updated_at AT TIME ZONE 'UTC', {iso}) IS NOT DISTINCT FROM %(seen)s::text
+    AND {untouched}
     AND EXISTS (SELECT FROM fence)
 RETURNING 1
 
@@ -438,7 +464,7 @@ RETURNING 1
 -- gives the lease back. Repeated after a lost reply it finds no lease and changes nothing.
 WITH {releasing_fence}
 UPDATE {snapshots} SET
-    updated_at = clock_timestamp(),
+    updated_at = statement_timestamp(),
     snapshot = jsonb_set(snapshot, '{metadata,refusal}', %(refusal)s::jsonb)
 WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
 
@@ -454,9 +480,14 @@ ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
 -- name: append -- if journal
 -- Steps of a run whose snapshot is large. The lease's row is locked, not updated: renewing it
--- is the background thread's work.
-WITH fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE)
-{append_step}
+-- is the background thread's work. Here the fence is the query itself, which Citus hands on to the
+-- shard as it is; from a WITH it would fetch the row first.
+INSERT INTO {journal} (id, key, step)
+SELECT workflow_id, new.key, new.value
+FROM {leases} AS lease, jsonb_each(%(steps)s::jsonb) AS new
+WHERE {write_is_next}
+FOR UPDATE OF lease
+ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
 -- name: append_in_transaction -- if journal
 -- The last statement of step.transaction. It renews the lease as well, for nobody can from here
@@ -474,20 +505,39 @@ WITH {isolated_fence}
 -- fragment: write_snapshot
 -- The whole document as it stands.
 INSERT INTO {snapshots} (id, snapshot, updated_at)
-SELECT %(id)s, {dated_document}, clock_timestamp()
+SELECT %(id)s, {dated_document}, statement_timestamp()
 FROM fence
 {keep_signals}
+
+-- fragment: rewrite_snapshot
+-- The same for a row that is there. As an UPDATE it is one query to one shard on Citus. Signals are
+-- kept as in keep_signals.
+UPDATE {snapshots} SET
+    updated_at = statement_timestamp(),
+    snapshot = CASE
+        WHEN snapshot->'metadata' ? 'signals'
+        THEN jsonb_set({dated_document}, '{metadata,signals}', snapshot->'metadata'->'signals')
+        ELSE {dated_document}
+    END
+WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
 
 -- name: write
 -- Rewrites the snapshot of a run whose journal is empty. Sweeping the empty journal as well
 -- would cost a fifth of the statement, hence this and fold.
 WITH {numbered_fence}
-{write_snapshot}
+{rewrite_snapshot}
 
 -- name: fold
 -- Rewrites the snapshot with the steps of the journal in it, and empties the journal.
 WITH {numbered_fence}
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
+{rewrite_snapshot}
+
+-- name: write_anew
+-- Sent if write or fold have changed no row: if that is because somebody has deleted it, it is
+-- stored again. Otherwise the fence refuses this as well. Its number is that of the first, which it
+-- may follow.
+WITH {numbered_fence}
 {write_snapshot}
 
 -- name: expire
@@ -577,11 +627,15 @@ WITH found AS (SELECT 1 FROM {snapshots} WHERE id = %(id)s AND {cancellable})
 )                                                                       -- if journal
 , cancelled AS (
     UPDATE {snapshots} SET
-        updated_at = clock_timestamp(),
-        snapshot = snapshot || jsonb_build_object(
-            'steps', {steps_and_taken_out},  -- if journal
-            'execution', snapshot->'execution' || %(execution)s::jsonb,
-            'metadata', {metadata} || %(metadata)s::jsonb
+        updated_at = statement_timestamp(),
+        snapshot = snapshot || jsonb_set(
+            jsonb_set(
+                {folded_steps},
+                '{"execution"}',
+                COALESCE(snapshot->'execution' || %(execution)s::jsonb, 'null')
+            ),
+            '{"metadata"}',
+            {metadata} || %(metadata)s::jsonb
         )
     WHERE id = %(id)s AND {cancellable}
     RETURNING 1
@@ -600,7 +654,7 @@ SELECT 1 FROM cancelled
 WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
 UPDATE {snapshots} SET
-    updated_at = clock_timestamp(),
+    updated_at = statement_timestamp(),
     snapshot = CASE
         WHEN jsonb_typeof(snapshot->'metadata'->'signals') = 'object' THEN jsonb_set(
             %(snapshot)s::jsonb,
@@ -618,9 +672,11 @@ RETURNING 1
 -- the lease that was taken for it, and is sent as rewind is.
 WITH fence AS (DELETE FROM {leases} WHERE {lease_is_ours} RETURNING 1)
 UPDATE {snapshots} SET
-    updated_at = clock_timestamp(),
-    snapshot = snapshot || jsonb_build_object(
-        'metadata', ((snapshot->'metadata') - '{wakeAt,gaveUpAt}'::text[]) || '{"attempts": 0}'
+    updated_at = statement_timestamp(),
+    snapshot = snapshot || jsonb_set(
+        '{}',
+        '{"metadata"}',
+        ((snapshot->'metadata') - '{wakeAt,gaveUpAt}'::text[]) || '{"attempts": 0}'
     )
 WHERE id = %(id)s
     AND EXISTS (SELECT FROM fence)
@@ -634,7 +690,7 @@ RETURNING 1
 -- does a wait whose deadline is over: which came first is decided here and in expire, by the same
 -- row and the same clock. A recorded timeout counts even on a server whose clock is behind.
 UPDATE {snapshots} SET
-    updated_at = clock_timestamp(),
+    updated_at = statement_timestamp(),
     snapshot = jsonb_set(
         snapshot,
         '{metadata,signals}',
@@ -672,7 +728,7 @@ AND id COLLATE "C" < %(high)s::text  -- if high
 -- fragment: not_leased
 -- Nobody is working on it.
 NOT EXISTS (
-    SELECT FROM {leases} l WHERE l.workflow_id = s.id AND l.expires_at > clock_timestamp()
+    SELECT FROM {leases} l WHERE l.workflow_id = s.id AND l.expires_at > statement_timestamp()
 )
 
 -- name: list
@@ -691,9 +747,11 @@ LIMIT %(limit)s::bigint
 -- fragment: has_got_further -- if journal
 -- The journal is empty when a start begins (take_up folds it). So a step in it that succeeded
 -- means that the run has got further since: neither its pause nor the number of its starts holds
--- any longer. LIMIT 1 makes the planner look it up for the one run; otherwise it would hash the
--- journal of all.
-COALESCE((SELECT true FROM {journal} j WHERE j.id = s.id AND j.step->'ok' = 'true' LIMIT 1), false)
+-- any longer. An aggregate makes the planner look it up for the one run; for EXISTS it would hash
+-- the journal of all.
+COALESCE(
+    (SELECT bool_or(j.step->'ok' = 'true') FROM {journal} j WHERE j.id = s.id GROUP BY j.id), false
+)
 
 -- fragment: has_got_further -- if no journal
 false
@@ -762,7 +820,7 @@ LIMIT %(limit)s::bigint
 
 -- fragment: snapshots_and_leases
 -- Each snapshot, with the lease that a process holds on it, if any.
-{snapshots} s LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > clock_timestamp()
+{snapshots} s LEFT JOIN {leases} l ON l.workflow_id = s.id AND l.expires_at > statement_timestamp()
 
 -- fragment: state
 -- Where a run of snapshots_and_leases stands, in one word; RunInfo says what each means. What no
@@ -788,27 +846,26 @@ END
 
 -- fragment: map_progress
 -- How far each step.map of a run has got, in the order in which they began: its key, the items that
--- have completed, and how many there are. A step that stands in both places counts once; UNION
--- compares a few bytes of each, not what it has returned.
+-- have completed, and how many there are. A step that stands in both places counts once.
 (
     SELECT json_agg(json_build_array(map, done, count) ORDER BY first)::text
     FROM (
         SELECT
-            meta->>'map' AS map,
-            count(*) FILTER (WHERE ok) AS done,
-            (array_agg(meta->'of'))[1] AS count,
-            min(lpad(meta->>'seq', 20, '0')) AS first
-        FROM (
-            SELECT key, value->'meta' AS meta, value->'ok' = 'true' AS ok FROM jsonb_each(
-                CASE
-                    WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'
-                    ELSE '{}'
-                END
-            )
-            UNION SELECT key, step->'meta', step->'ok' = 'true'  -- if journal
-            FROM {journal} j WHERE j.id = s.id                   -- if journal
-        ) AS steps
-        WHERE meta ? 'map'
+            value->'meta'->>'map' AS map,
+            count(*) FILTER (WHERE value->'ok' = 'true') AS done,
+            (array_agg(value->'meta'->'of'))[1] AS count,
+            min(lpad(value->'meta'->>'seq', 20, '0')) AS first
+        FROM jsonb_each(
+            COALESCE((                                                     -- if journal
+                SELECT jsonb_object_agg(j.key, j.step - 'value')           -- if journal
+                FROM {journal} j WHERE j.id = s.id GROUP BY j.id           -- if journal
+            ), '{}') ||                                                    -- if journal
+            CASE
+                WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'
+                ELSE '{}'
+            END
+        )
+        WHERE value->'meta' ? 'map'
         GROUP BY 1
     ) AS maps
 )
@@ -820,23 +877,17 @@ END
     COALESCE({status}, 'running'),
     {state},
     to_char(updated_at AT TIME ZONE 'UTC', {iso}),
-    (
-        SELECT count(*) FROM (
-            SELECT jsonb_object_keys(
-                CASE
-                    WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'
-                    ELSE '{}'
-                END
-            )
-            UNION SELECT pair->>0 FROM jsonb_array_elements(
-                CASE
-                    WHEN jsonb_typeof(snapshot->'steps') = 'array' THEN snapshot->'steps'
-                    ELSE '[]'
-                END
-            ) AS pair
-            UNION SELECT key FROM {journal} j WHERE j.id = s.id  -- if journal
-        ) AS recorded
-    ),
+    CASE jsonb_typeof(snapshot->'steps')
+        WHEN 'object' THEN (SELECT count(*) FROM jsonb_object_keys(snapshot->'steps'))
+        WHEN 'array' THEN jsonb_array_length(snapshot->'steps')
+        ELSE 0
+    END
+    + COALESCE((                                                                -- if journal
+        SELECT count(*) FROM {journal} j                                        -- if journal
+        WHERE j.id = s.id AND NOT COALESCE(snapshot->'steps' ? j.key, false)    -- if journal
+        GROUP BY j.id                                                           -- if journal
+    ), 0)                                                                       -- if journal
+    ,
     CASE WHEN {unfinished} THEN {map_progress} END,
     CASE
         WHEN jsonb_typeof(snapshot->'metadata') = 'object'
@@ -844,7 +895,7 @@ END
     END,
     split_part(l.owner_token, '#', 1),
     to_char(l.expires_at AT TIME ZONE 'UTC', {iso}),
-    to_char(clock_timestamp() AT TIME ZONE 'UTC', {iso})
+    to_char(statement_timestamp() AT TIME ZONE 'UTC', {iso})
 
 -- name: runs
 -- A page of runs for people to look at, newest first, or the runs with these ids. A state of
@@ -899,7 +950,8 @@ id IN (                                              -- if unfinished
 
 -- name: stats
 -- Rows in all, rows of each status and state, and bytes. Only the unfinished ones are grouped, by
--- the partial index; the caller gets the number of completed ones by subtraction.
+-- the partial index; the caller gets the number of completed ones by subtraction. The last row says
+-- whether the extension citus is there.
 SELECT 'total', NULL, NULL, count(*) FROM {snapshots}
 WHERE TRUE
     {and_in_range}
@@ -910,7 +962,23 @@ WHERE {unfinished}
     {and_in_range}
 GROUP BY 2, 3
 UNION ALL
-SELECT 'bytes', NULL, NULL, sum(pg_total_relation_size(name::regclass))::bigint
+SELECT
+    'bytes',
+    (SELECT extname::text FROM pg_extension WHERE extname = 'citus'),
+    NULL,
+    sum(pg_total_relation_size(name::regclass))::bigint
+FROM unnest(%(tables)s::text[]) AS name
+
+-- name: distributed_bytes
+-- Sent after stats where that has found the extension citus. The bytes above are those of the empty
+-- shell of a distributed table. These are of all shards, and of what is not distributed.
+SELECT sum(
+    CASE
+        WHEN EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = name::regclass)
+        THEN citus_total_relation_size(name::regclass)
+        ELSE pg_total_relation_size(name::regclass)
+    END
+)::bigint
 FROM unnest(%(tables)s::text[]) AS name
 
 
@@ -933,7 +1001,7 @@ DELETE FROM {snapshots}
 WHERE id = ANY(%(ids)s::text[])
     AND (
         %(age)s::float8 IS NULL
-        OR updated_at < clock_timestamp() - make_interval(secs => %(age)s::float8)
+        OR updated_at < statement_timestamp() - make_interval(secs => %(age)s::float8)
     )
 RETURNING id
 
@@ -948,4 +1016,4 @@ DELETE FROM {journal} j WHERE NOT EXISTS (SELECT FROM {snapshots} s WHERE s.id =
 
 -- name: sweep_locks
 -- Leases that ran out that long ago, of processes that died.
-DELETE FROM {leases} WHERE expires_at < clock_timestamp() - make_interval(secs => %(age)s)
+DELETE FROM {leases} WHERE expires_at < statement_timestamp() - make_interval(secs => %(age)s)

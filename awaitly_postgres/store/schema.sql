@@ -61,6 +61,14 @@ SELECT
 FROM unnest(%(tables)s::text[]) WITH ORDINALITY AS t (name, nr)
 ORDER BY nr
 
+-- name: citus
+-- Whether this database has the extension: a row if it has.
+SELECT 1 FROM pg_extension WHERE extname = 'citus'
+
+-- name: citus_worker
+-- Sent if it has. A row on any node but the coordinator, whose group is 0.
+SELECT 1 FROM pg_dist_local_group WHERE groupid <> 0
+
 -- name: schema_exists
 -- Asked before CREATE SCHEMA IF NOT EXISTS, which needs a privilege even if the schema is there.
 SELECT 1 FROM pg_namespace WHERE nspname = {schema_name}

@@ -239,6 +239,9 @@ class SnapshotStore:
         """Count what is stored."""
         params = {**self._range(""), "tables": list(self._sql.regclasses.values())}
         rows = self._listed(self._sql.stats, params)
+        if rows[-1][1] == "citus":
+            bytes = self._db.rows(self._sql.distributed_bytes, params)[0]
+            rows[-1] = ("bytes", None, None, *bytes)
         return StoreStats.from_rows(rows)
 
     def where_state(self, state: State) -> str:

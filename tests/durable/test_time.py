@@ -727,3 +727,28 @@ def test_options_for_one_run_share_all_the_rest(store: SnapshotStore, db: DB) ->
     assert metadata(db, "c")["custom"] == {"shop": "eu", "tier": 1}
     assert [o.id for o in for_ada.resume_pending()] == ["a", "c"]
     assert for_ada.store is durable.store
+
+
+# -- in the caller's transaction -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["committed", "rolled back"])
+def test_a_signal_and_a_cancellation_share_the_end_of_the_callers_transaction(
+    durable: Durable, url: str, kept: bool
+) -> None:
+    """An approval is stored with the row that says who gave it, or not at all."""
+
+    @durable.workflow
+    def work(step: Step) -> Any:
+        return step.wait("approval")
+
+    for id in ("approved", "withdrawn"):
+        durable.submit(id, work)
+    with psycopg.connect(url) as conn:
+        assert durable.signal("approved", "approval", "yes", conn=conn)
+        assert durable.cancel("withdrawn", conn=conn)
+        if not kept:
+            conn.rollback()
+    ends = {outcome.id: outcome.status for outcome in durable.resume_pending()}
+    suspended = {"approved": "suspended", "withdrawn": "suspended"}
+    assert ends == ({"approved": "completed"} if kept else suspended)

@@ -16,7 +16,13 @@ from attrs import fields_dict
 from psycopg_pool import ConnectionPool
 
 import awaitly_postgres
-from awaitly_postgres import Durable, Outcome, SnapshotStore, Step, postgres
+from awaitly_postgres import (
+    Durable,
+    Outcome,
+    SnapshotStore,
+    Step,
+    postgres,
+)
 from awaitly_postgres.store.statements import Statements, compose, expand, filtered, parse
 
 pytestmark = pytest.mark.read_committed
@@ -181,7 +187,8 @@ def test_finding_that_another_was_faster_asks_once_and_writes_nothing(
 # -- the statements ------------------------------------------------------------------------
 
 WRITES = [
-    *("save", "create", "begin", "take_up", "give_up", "refuse", "write", "fold", "expire"),
+    *("save", "create", "begin", "take_up", "give_up", "refuse"),
+    *("write", "fold", "write_anew", "expire"),
     *("finish", "finish_and_fold"),
     *("append", "append_in_transaction", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),
@@ -202,10 +209,11 @@ READS_AND_HOUSEKEEPING = [
         "runs",
         "get",
     ),
-    *("pending", "retry_at", "unfinished", "where_state", "stats"),
+    *("pending", "retry_at", "unfinished", "where_state", "stats", "distributed_bytes"),
     *("stored_calls", "create_many"),
     *("prunable", "delete_many", "delete_many_journals"),
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
+    *("citus", "citus_worker"),
 ]
 NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
 NEEDING_A_JOURNAL |= {"delete_many_journals", "sweep_journal"}
@@ -302,7 +310,11 @@ def test_every_write_names_exactly_one_id(name: str, text: str) -> None:
         if part.startswith("INSERT"):
             columns, values = re.search(r"\(([\w, ]+)\) (?:SELECT|VALUES) ?\(?(.*)", part).groups()
             assert columns.split(", ")[0] == TABLES[table]
-            assert values.startswith("%(id)s") or (name == "save" and values.startswith("id,"))
+            if name == "append":  # of the lease's row, which is that of the id
+                fence = r'workflow_id, .* FROM "locks" AS lease, .* WHERE workflow_id = %\(id\)s'
+                assert re.match(fence, values)
+            else:
+                assert values.startswith("%(id)s") or (name == "save" and values.startswith("id,"))
         else:
             assert re.search(rf"WHERE (\w\.)?{TABLES[table]} = %\(id\)s( |\)|$)", part), part
 
@@ -323,13 +335,81 @@ def parts_with_a_table(text: str) -> list[str]:
 
 @statements
 def test_no_write_asks_for_a_time_that_stands_still(name: str, text: str) -> None:
-    """``now()`` is that of the beginning of the caller's transaction; Citus refuses it besides."""
-    assert not re.search(
-        r"\b(now\(\)|current_timestamp|localtimestamp|transaction_timestamp|"
-        r"statement_timestamp)",
-        text,
-        re.IGNORECASE,
-    )
+    """``now()`` is that of the beginning of the caller's transaction."""
+    still = r"\b(now\(\)|current_timestamp|localtimestamp|transaction_timestamp)"
+    assert not re.search(still, text, re.IGNORECASE)
+
+
+@statements
+def test_a_write_is_one_that_citus_takes(name: str, text: str, db: psycopg.Connection) -> None:
+    """It calls nothing volatile; and nothing that depends on the session with a column of a row
+    that it changes. Such a call may stand in a query that only reads."""
+    called = {call[1].lower() for call in CALL.finditer(text)}
+    query = "SELECT proname, provolatile FROM pg_proc WHERE prokind = 'f' AND proname = ANY(%s)"
+    kinds: dict[str, set[str]] = {}
+    for function, kind in db.execute(query, [list(called)]):
+        kinds.setdefault(function, set()).add(kind)
+    assert [function for function, found in kinds.items() if "v" in found] == []
+    for function, arguments, command in calls(text):
+        if "s" in kinds.get(function, set()) and command != "SELECT":
+            assert not COLUMN.search(re.sub(r"'[^']*'|%\(\w+\)s", "", arguments)), function
+
+
+CALL = re.compile(r"\b(\w+)\(")
+COLUMN = re.compile(
+    r"\b(id|snapshot|updated_at|key|step|workflow_id|owner_token|expires_at|EXCLUDED)\b"
+)
+
+
+def calls(text: str) -> Iterator[tuple[str, str, str]]:
+    """What a statement calls, with which arguments, and what the query around the call does."""
+    text = re.sub(r"%\((\w+)\)s", "%s", text)
+    depths, depth = [], 0
+    for character in text:
+        depth += character == "("
+        depths.append(depth)
+        depth -= character == ")"
+    for call in CALL.finditer(text):
+        inside = depths[call.end() - 1]
+        end = next(
+            i for i in range(call.end(), len(text)) if depths[i] == inside and text[i] == ")"
+        )
+        commands = [
+            found
+            for found in re.finditer(
+                r"\b(SELECT|INSERT|UPDATE|DELETE|RETURNING)\b(?! SET| SKIP)", text
+            )
+            if found.start() < call.start()
+            and min(depths[found.start() : call.start() + 1]) == depths[found.start()]
+        ]
+        # The innermost query around it; a subquery in what an UPDATE sets belongs to the UPDATE.
+        outer = [c[1] for c in commands if depths[c.start()] <= 1]
+        yield call[1].lower(), text[call.end() : end], outer[-1] if outer else "SELECT"
+
+
+def test_what_asks_every_shard_is_listed_in_one_place() -> None:
+    """At the top of the file; all else names one id."""
+    file = Path(awaitly_postgres.__file__).parent / "store/queries.sql"
+    listed = re.search(r"These ask every shard.*?:\n((?:--     .*\n)+)", file.read_text("utf-8"))
+    tables = re.compile("|".join(f'"{table}"' for table in TABLES))
+    naming_none = {
+        name
+        for name, text in composed(True).texts.items()
+        if tables.search(text.decode()) and b"%(id)s" not in text
+    }
+    assert set(re.findall(r"\w+", listed[1])) == naming_none
+
+
+@pytest.mark.parametrize("name", READS_AND_HOUSEKEEPING)
+def test_a_subquery_can_be_handed_on_to_the_shards(name: str) -> None:
+    """Citus takes no LIMIT in one that names a column of the query around it, nor a bare
+    aggregate over a table; and no UNION below the top."""
+    text = getattr(composed(True), name).decode()
+    assert not re.search(r"\([^()]*\bUNION\b", text)
+    for part in parts_with_a_table(text):
+        if re.search(r"\b(s|snaps)\.id\b", part) and re.search(r'FROM "\w+" [jl] WHERE', part):
+            assert "LIMIT" not in part
+            assert part.startswith("SELECT FROM") or "GROUP BY j.id" in part
 
 
 @statements
