@@ -44,7 +44,7 @@ def check_id(id: object, what: str = "id", room: int = 0) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{what} {id!r} contains a lone surrogate") from None
     if size > MAX_ID:
-        raise ValueError(f"{what} {id[:40]!r}… is {size:,} bytes long; the limit is {MAX_ID:,}")
+        raise ValueError(f"{what} {id[:40]!r}… has {size:,} bytes, at most {MAX_ID:,} fit")
     return str(id)
 
 

@@ -60,7 +60,7 @@ def postgres(
     if retry_for < 0:
         raise ValueError(f"retry_for must not be negative, is {retry_for!r}")
     if lock_table in (table, f"{table}_steps"):
-        raise ValueError(f"the leases need a table of their own; {lock_table!r} is in use")
+        raise ValueError(f"lock_table {lock_table!r} is taken: the snapshots or journal are there")
     sql = compose(
         check_name(table, "table"),
         check_name(lock_table, "lock_table"),

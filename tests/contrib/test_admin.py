@@ -191,7 +191,7 @@ def test_an_id_that_is_none_here_has_a_page_all_the_same(shop: SimpleNamespace, 
     shop.db.execute("INSERT INTO awaitly_snapshots VALUES (%s, 'null')", ("x" * 1200,))
     page = admin.get(f"/admin/awaitly/workflow/{'x' * 1200}/change/")
     assert page.status_code == 200
-    assert "the limit is 1,000" in page.content.decode()
+    assert "at most 1,000 fit" in page.content.decode()
     assert admin.get("/admin/awaitly/workflow/a_00b/change/").status_code == 404
 
 

@@ -209,11 +209,38 @@ class WithMethod(Exception):
     def exceptions(self) -> None: ...
 
 
-@pytest.mark.parametrize(
-    "error",
-    [Odd({"a": 1}), Odd([("a", 1)]), Odd(None), WithMethod("odd"), OddArgs("odd")],
-    ids=lambda error: f"{type(error).__name__}",
-)
+ODD = [Odd({"a": 1}), Odd([("a", 1)]), Odd(None), WithMethod("odd"), OddArgs("odd")]
+
+
+@pytest.mark.parametrize("error", ODD, ids=lambda error: f"{type(error).__name__}")
+@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "as a cause"])
+def test_an_exception_that_looks_like_a_group_ends_a_run(
+    durable: Durable, db: DB, error: Any, wrapped: bool
+) -> None:
+    """Its caller gets it as it is; it is recorded with its pause, and the lease is released."""
+
+    def fail() -> None:
+        raise error
+
+    @durable.workflow
+    def work(step: Step) -> None:
+        try:
+            step("a", fail)
+        except Exception as caught:
+            if wrapped:
+                raise LookupError("wrapped") from caught
+            raise
+
+    with pytest.raises(LookupError if wrapped else type(error)) as raised:
+        durable.run("a", work)
+    assert (raised.value.__cause__ if wrapped else raised.value) is error
+    info = durable.get("a")
+    assert info is not None
+    assert (info.state, [step.state for step in info.steps]) == ("retrying", ["failed"])
+    assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
+
+
+@pytest.mark.parametrize("error", ODD, ids=lambda error: f"{type(error).__name__}")
 def test_a_users_exception_may_look_like_a_group(durable: Durable, db: DB, error: Any) -> None:
     """It is raised as it is, recorded, and replayed in its own class."""
     seen: list[Exception] = []
@@ -278,19 +305,20 @@ def test_an_outage_in_a_wait_travels_past_except_exception(
 ) -> None:
     """Like one in a step; swallowed, the workflow would take another turn."""
     durable = Durable(connect(retry_for=0))
+    swallowed: list[Exception] = []
 
     @durable.workflow
-    def work(step: Step) -> str:
+    def work(step: Step) -> None:
         step("a", str)
         proxy.cut()
         try:
             step.wait("go") if ask == "wait" else step.sleep("nap", 60)
-        except Exception:
-            return "swallowed"
-        return "went"
+        except Exception as error:
+            swallowed.append(error)
 
     with pytest.raises(StoreUnavailable):
         durable.run("a", work)
+    assert swallowed == []
 
 
 @pytest.mark.parametrize("ask", ["wait", "sleep"])

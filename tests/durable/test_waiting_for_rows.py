@@ -20,7 +20,8 @@ from awaitly_postgres import (
     WorkflowCancelled,
     postgres,
 )
-from tests.support import Proxy
+from tests.durable.test_interrupts import make_payments, pay
+from tests.support import Proxy, eventually
 
 DB = psycopg.Connection
 
@@ -79,18 +80,13 @@ def test_a_transaction_longer_than_the_ttl_on_the_only_connection_keeps_its_leas
 
 
 def test_a_lost_reply_to_a_commit_is_cleared_up_though_threads_hold_all_connections(
-    connect: Callable[..., SnapshotStore], proxy: Proxy, db: DB
+    connect: Callable[..., SnapshotStore], proxy: Proxy, db: DB, url: str
 ) -> None:
     """They hold them while they wait for the turn of the one whose commit is in doubt."""
-    db.execute("CREATE TABLE payments (id text)")
-    durable = Durable(connect(max_size=2, retry_for=10))
+    make_payments(db, slow_commit=True)
+    store = connect(max_size=2, retry_for=10)
+    durable = Durable(store)
     paying = threading.Event()
-
-    def pay(conn: DB) -> str:
-        conn.execute("INSERT INTO payments VALUES ('a')")
-        paying.set()
-        proxy.lose("reply", 2)  # of what follows: the fence, then the commit
-        return "paid"
 
     @durable.workflow
     def work(step: Step) -> list[str]:
@@ -100,9 +96,19 @@ def test_a_lost_reply_to_a_commit_is_cleared_up_though_threads_hold_all_connecti
 
         with ThreadPoolExecutor(3) as pool:
             others = pool.map(beside, range(3))
-            return [step.transaction("pay", pay), *others]
+            return [step.transaction("pay", pay, "a"), *others]
 
-    assert durable.run("a", work) == ["paid", "0", "1", "2"]
+    with psycopg.connect(url) as gate, ThreadPoolExecutor(1) as threads:
+        gate.execute("LOCK TABLE gate")
+        run = threads.submit(durable.run, "a", work)
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted"
+        eventually(lambda: db.execute(waiting).fetchone() == (1,))
+        paying.set()
+        stats = store._db.pool.opened().get_stats
+        eventually(lambda: stats()["pool_size"] == 2 and stats()["pool_available"] == 0)
+        proxy.lose("reply", 0)
+        gate.rollback()
+        assert run.result(60) == ["paid a", "0", "1", "2"]
     assert db.execute("SELECT count(*) FROM payments").fetchone() == (1,)
 
 
