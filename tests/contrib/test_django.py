@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 
-from awaitly_postgres import Durable, SnapshotStore, Step, StoreError
+from awaitly_postgres import Durable, SnapshotStore, Step, StoreError, postgres
 from tests.contrib.project import PAST, SHOP, alias, manage, order, payments, resume, stock
 from tests.support import eventually
 
@@ -512,6 +512,31 @@ def test_the_migration_leaves_tables_that_are_there_as_they_are(
     Durable(store).run("before", lambda step: 1)
     assert manage(url, "migrate", "awaitly").returncode == 0
     assert [info.id for info in store.list()] == ["before"]
+
+
+def test_the_second_migration_changes_no_table(url: str, db: psycopg.Connection) -> None:
+    """Of a project that has the first one: its runs stay, and there are permissions to grant."""
+    columns = (
+        "SELECT table_name, column_name, data_type, column_default FROM information_schema.columns "
+        "WHERE table_schema = current_schema() AND table_name LIKE 'awaitly%' ORDER BY 1, 2"
+    )
+    assert manage(url, "migrate", "awaitly", "0001").returncode == 0
+    before = db.execute(columns).fetchall()
+    with postgres(url) as store:
+        Durable(store).run("before", lambda step: 1)
+        assert manage(url, "migrate").returncode == 0
+        assert [run.state for run in Durable(store).list()] == ["completed"]
+    assert db.execute(columns).fetchall() == before != []
+    granted = "SELECT codename FROM auth_permission WHERE codename LIKE '%_workflow' ORDER BY 1"
+    assert [name.partition("_")[0] for (name,) in db.execute(granted)] == [
+        "answer",
+        "cancel",
+        "retry",
+        "rewind",
+        "view",
+    ]
+    assert manage(url, "migrate", "awaitly", "0001").returncode == 0
+    assert db.execute("SELECT id FROM awaitly_snapshots").fetchall() == [("before",)]
 
 
 def test_no_model_has_changed_without_a_migration(site: SimpleNamespace) -> None:

@@ -104,6 +104,14 @@ class SameIdInTransactions(TransactionTestCase):
         self.assertEqual(plain.run("same", remember, "two"), "TWO")
 
 
+class Workers(TransactionTestCase):
+    def test_several_at_once(self):
+        for word in ("a", "b", "c"):
+            plain.submit(word, remember, word)
+        done = plain.resume_pending(workers=3)
+        self.assertEqual(sorted(outcome.result for outcome in done), ["A", "B", "C"])
+
+
 class SameIdInSavepoints(TestCase):
     def test_one(self):
         self.assertTrue(plain.submit("same", remember, "one"))

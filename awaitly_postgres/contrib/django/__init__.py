@@ -146,7 +146,7 @@ class _DjangoPool(OwnPool):
                 raise RuntimeError(
                     f"a workflow cannot run inside transaction.atomic() on {wrapper.alias!r} (or "
                     "ATOMIC_REQUESTS, or a TestCase): its steps would stay recorded when what they "
-                    "wrote is rolled back. Call submit(..., conn=connection()) here and let "
+                    "wrote is rolled back. Call submit(...) here and let "
                     "resume_workflows run it, or decorate the view with non_atomic_requests; test "
                     "it in a TransactionTestCase."
                 )
