@@ -119,7 +119,8 @@ class AlreadyRunning(WorkflowError):
         until = f" until {self.expires_at:%Y-%m-%d %H:%M:%S%z}" if self.expires_at else ""
         return (
             f"workflow {self.id!r} is running elsewhere: its lease is held by "
-            f"{(self.holder or 'another process')[:200]}{until} unless renewed. Try again later."
+            f"{(self.holder or 'another process')[:200]}{until} unless renewed. Try again later: "
+            "the lease of a process that has died is not renewed."
         )
 
 

@@ -147,8 +147,15 @@ def timeline(steps: Sequence[StepInfo], columns: int | None, everything: bool) -
         if pause := sum(other.pause for other in (*hidden, bar)):
             yield [(f"{dots} {span(pause)} later", "dim")]
         yield _step(bar, length, space)
-        for part in in_lines(_error(bar.step.reasons) or "", columns and columns - 4):
-            yield [(f"    {part}", "failed")]
+        if error := _error(bar.step.reasons):
+            yield from (
+                [(f"    {part}", "failed")] for part in in_lines(error, columns and columns - 4)
+            )
+        elif everything and bar.step.map_count == 0:
+            value = as_json(bar.step.value, None)
+            yield from (
+                [(f"    {part}", "dim")] for part in in_lines(value, columns and columns - 4)
+            )
         last = i
     if len(shown) < len(bars):
         yield [("first, last, longest and failed steps only; --all shows every one", "dim")]

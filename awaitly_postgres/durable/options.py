@@ -38,6 +38,10 @@ class Options:
     _workflows: Registry = field(factory=Registry, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        if not isinstance(self.store, SnapshotStore):
+            raise TypeError(
+                f"store must be a SnapshotStore, as postgres() returns it, not {self.store!r:.80}"
+            )
         check_on_drift(self.on_drift)
         if self.on_complete not in ("keep", "delete"):
             raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")

@@ -50,7 +50,10 @@ class Entry:
     def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:
-            signature.bind(None, *args, **kwargs)  # None stands for the step
+            try:
+                signature.bind(None, *args, **kwargs)  # None stands for the step
+            except TypeError as error:
+                raise TypeError(f"workflow {self.name!r}: {error}") from None
 
     def check_identity(self, id: str, metadata: Mapping[str, Any], input: str) -> None:
         """Raise `WorkflowConflict` if what is stored belongs to another workflow or input.
@@ -100,6 +103,8 @@ class Registry(dict[str, Entry]):
 
     def add(self, entry: Entry) -> None:
         """Register a function; raise ValueError if another one has its name."""
+        if inspect.iscoroutinefunction(entry.fn):
+            raise TypeError(f"workflow {entry.name!r} is async; workflows are blocking functions")
         known = self.get(entry.name)
         # The same function defined again, in the same module, is a reload: it replaces the old one.
         if known is not None and _place(known.fn) != _place(entry.fn):
