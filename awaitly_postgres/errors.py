@@ -208,7 +208,7 @@ class WorkflowDrift(WorkflowError):
 
     def __str__(self) -> str:
         did = "returned" if self.key is None else f"asked for step {self.key!r}"
-        did += f" before the recorded steps {_listed(self.unreached)}"
+        did += f" before the recorded steps {_listed([k for k in self.unreached if k != self.key])}"
         if self.counts is not None:
             before, now = self.counts
             did = f"asked for the map {self.key!r} over {now:,} items, recorded over {before:,}"

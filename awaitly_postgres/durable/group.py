@@ -10,14 +10,9 @@ from contextlib import suppress
 from attrs import define, field
 
 from ..errors import AwaitlyError
+from ..workflow.mapping import held_lock
 
 MOST = 1024 * 1024  # characters; a group that has as many takes no further steps
-
-
-def _held_lock() -> _thread.LockType:
-    lock = _thread.allocate_lock()
-    lock.acquire()
-    return lock
 
 
 @define(eq=False)
@@ -35,7 +30,7 @@ class Waiting:
     error: AwaitlyError | None = None  # why it was not recorded
     # Held until the thread is to go on. A plain lock, because a signal interrupts the wait for it,
     # and because a signal handler's exception cannot leave it half locked, as it can a Condition.
-    awake: _thread.LockType = field(factory=_held_lock)
+    awake: _thread.LockType = field(factory=held_lock)
 
     @property
     def is_settled(self) -> bool:

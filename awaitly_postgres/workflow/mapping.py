@@ -89,7 +89,8 @@ class Map(Generic[A, T]):
                 self._failure = index, error
 
 
-def _held_lock() -> _thread.LockType:
+def held_lock() -> _thread.LockType:
+    """Make a lock that whoever acquires it waits for, until somebody releases it."""
     lock = _thread.allocate_lock()
     lock.acquire()
     return lock
@@ -112,7 +113,7 @@ class Threads:
     _is_stopped: bool = False
     _error: RuntimeError | None = None  # why a thread could not be started
     _lock: _thread.LockType = field(factory=_thread.allocate_lock)
-    _at_work: _thread.LockType = field(factory=_held_lock)  # held until all threads have ended
+    _at_work: _thread.LockType = field(factory=held_lock)  # held until all threads have ended
 
     def run(self, name: str) -> None:
         """Return when all is done, or when all threads have ended after one said to stop.
