@@ -911,8 +911,8 @@ SELECT
 FROM unnest(%(tables)s::text[]) AS name
 
 -- name: distributed_bytes
--- Sent after stats where that has found the extension citus: of a distributed table, the bytes above
--- are those of its empty shell. All shards with their indexes, and what is not distributed.
+-- Sent after stats where that has found the extension citus: of a distributed table, the bytes
+-- above are those of its empty shell. All shards with their indexes, and what is not distributed.
 SELECT sum(
     CASE
         WHEN EXISTS (SELECT FROM pg_dist_partition WHERE logicalrelid = name::regclass)
