@@ -129,6 +129,11 @@ def distribute(url: str) -> None:
         conn.execute(recipe)
 
 
+def sorts_incrementally(db: DB) -> bool:
+    """Tell whether the server can walk along the index of times, and sort equal ones by id."""
+    return db.info.server_version >= 130_000
+
+
 # -- a network that loses things -----------------------------------------------------------
 
 Loss = Literal["request", "reply"]

@@ -15,7 +15,7 @@ from psycopg import sql
 
 from awaitly_postgres import Durable, Outcome, SnapshotInfo, SnapshotStore, Step
 from awaitly_postgres.store.statements import filtered
-from tests.support import eventually
+from tests.support import eventually, sorts_incrementally
 
 DB = psycopg.Connection
 MakeStore = Callable[..., SnapshotStore]
@@ -149,11 +149,15 @@ def test_pending_reads_rows_in_proportion_to_the_pending(
     assert set(read) == {PENDING}
 
 
+def list_of_all(store: SnapshotStore) -> int:
+    return len(store.list("wf-", limit=10))
+
+
 @pytest.mark.parametrize(
     "look",
     [
         pytest.param(lambda store: len(store.list("wf-00001")), id="list with a prefix"),
-        pytest.param(lambda store: len(store.list("wf-", limit=10)), id="list of all"),
+        pytest.param(list_of_all, id="list of all"),
         pytest.param(lambda store: store.prune(timedelta(seconds=995_000)), id="prune"),
     ],
 )
@@ -166,6 +170,8 @@ def test_looking_for_few_among_many_reads_few(
 ) -> None:
     """Whatever plan the server has made: of 10,050 rows it reads about as many as it finds."""
     name = secrets.token_hex(8)
+    if look is list_of_all and not sorts_incrementally(db):
+        pytest.skip("PostgreSQL 12 sorts all that there is")
     before = rows_read(db)
     with make_store(kwargs={"application_name": name}) as store:
         found = look(store)

