@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from traceback import clear_frames, walk_tb
+from types import TracebackType
 from typing import Any
 
 import psycopg
@@ -285,6 +287,21 @@ def test_runs_interrupted_at_random_lose_and_repeat_nothing(
     take_all(store, 6)
 
 
+@pytest.fixture
+def cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the frames that are cleared lose the copy of their variables that a tracer is given.
+
+    Up to Python 3.10 it keeps what it refers to; asked for again, it is made anew.
+    """
+
+    def clear(traceback: TracebackType | None) -> None:
+        clear_frames(traceback)
+        for frame, _ in walk_tb(traceback):
+            _ = frame.f_locals
+
+    monkeypatch.setattr("awaitly_postgres.store.pool.clear_frames", clear)
+
+
 def at_each_call(act: Callable[[int], object], every: int) -> Iterator[int]:
     """Raise KeyboardInterrupt in ``act(nr)``, at the entry of the function called as the ``nr``-th.
 
@@ -325,6 +342,7 @@ def take_all(store: SnapshotStore, size: int) -> None:
         list(pool.map(lambda _: store._db.run(lambda conn: both.wait(30)), range(size)))
 
 
+@pytest.mark.usefixtures("cleared")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_lock_interrupted_anywhere_is_given_back(
     make_store: Callable[..., SnapshotStore], db: DB
@@ -342,6 +360,7 @@ def test_a_lock_interrupted_anywhere_is_given_back(
         take_all(store, 1)
 
 
+@pytest.mark.usefixtures("cleared")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_interrupted_anywhere_pays_once(
     make_store: Callable[..., SnapshotStore], db: DB
