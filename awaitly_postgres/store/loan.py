@@ -54,8 +54,9 @@ class Loan:
 
     def give_back(self) -> None:
         """Give the connection back, if that is not done already."""
-        conn = self.conn
+        conn, loans = self.conn, self._lender._loans
         if conn is None:
+            loans.discard(self)
             return
         with suppress(psycopg.Error):  # broken: the pool will see it, too
             if not is_clean(conn):
@@ -72,12 +73,14 @@ class Loan:
             # Struck in the pool: either it is in there, where another thread may have got hold of
             # it, or nobody has it, and it finds its way back as soon as we let go of it.
             self.conn = conn = None
+            loans.discard(self)
             _let_go(error)
             raise
         if closed:
             # Replaced already. The pool leaves ``_pool`` set, so __del__ would take it for lost.
             conn._pool = None
         self.conn = None  # last: on its way it is still ours, in a forked child too
+        loans.discard(self)
 
 
 class OwnConnection(psycopg.Connection[Any]):

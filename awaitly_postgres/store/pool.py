@@ -49,7 +49,8 @@ class Pool(ABC):
     _closed: bool = field(default=False, init=False)
     _inherited: bool = field(default=False, init=False)
     _is_known_to_be_small: bool = field(default=False, init=False)
-    _loans: weakref.WeakSet[Loan] = field(factory=weakref.WeakSet, init=False, repr=False)
+    # No WeakSet: that calls Python code when a loan dies, and there Ctrl-C would be swallowed.
+    _loans: set[Loan] = field(factory=set, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         _pools.add(self)
@@ -178,7 +179,7 @@ class Pool(ABC):
                     nowhere = os.open(os.devnull, os.O_RDWR)
                     os.dup2(nowhere, loan.conn.fileno())
                     os.close(nowhere)
-        self._loans = weakref.WeakSet()
+        self._loans = set()
         self.has_worked = False
         self._inherited = self._inherited or (self._pool is not None and not self._pool.closed)
 

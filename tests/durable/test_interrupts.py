@@ -299,7 +299,7 @@ def cleared(monkeypatch: pytest.MonkeyPatch) -> None:
         for frame, _ in walk_tb(traceback):
             _ = frame.f_locals
 
-    monkeypatch.setattr("awaitly_postgres.store.pool.clear_frames", clear)
+    monkeypatch.setattr("awaitly_postgres.store.loan.clear_frames", clear)
 
 
 def at_each_call(act: Callable[[int], object], every: int) -> Iterator[int]:
