@@ -343,10 +343,14 @@ def test_steps_in_a_group_whose_run_has_ended_are_told_so(
     assert keys(durable) == set(race.acknowledged)
 
 
+@pytest.mark.read_committed
 def test_transactions_and_groups_stay_in_turn(
     make_store: Callable[..., SnapshotStore], db: DB
 ) -> None:
-    """Threads that do both, over a pool that is smaller than they are many."""
+    """Threads that do both, over a pool that is smaller than they are many.
+
+    At SERIALIZABLE so many transactions of one table may fail, as the user's own would.
+    """
     db.execute("CREATE TABLE paid (key text)")
     durable = Durable(make_store(max_size=4))
 
