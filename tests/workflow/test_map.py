@@ -22,7 +22,8 @@ from awaitly_postgres import (
     WorkflowDrift,
     WorkflowError,
 )
-from tests.support import TimeLimit
+from awaitly_postgres.workflow.mapping import Threads
+from tests.support import TimeLimit, eventually
 
 
 def double(item: int) -> int:
@@ -323,21 +324,28 @@ def test_each_item_reports_events_and_sees_the_callers_context() -> None:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, TimeLimit])
 def test_an_interrupt_begins_no_further_item_and_waits_for_those_begun(
-    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     """Those are recorded. What comes after the map is refused in this start."""
-    begun, go = threading.Barrier(3), threading.Event()
+    begun = threading.Barrier(3)
     ran: list[int] = []
+    threads: list[Threads] = []
+    start = Threads._start
+
+    def noted(self: Threads, name: str) -> None:
+        threads.append(self)
+        start(self, name)
+
+    monkeypatch.setattr(Threads, "_start", noted)
 
     def handle(number: int, frame: Any) -> None:
-        go.set()
         raise error
 
     def act(item: int) -> int:
         ran.append(item)
         if begun.wait(30) == 0:
             os.kill(os.getpid(), signal.SIGALRM)
-        assert go.wait(30)
+        eventually(lambda: threads[0]._is_stopped, "the main thread has been struck")
         return item
 
     def work(step: Step) -> str:
@@ -371,24 +379,20 @@ def test_an_exit_in_an_item_ends_the_run() -> None:
     assert ran == [0]
 
 
-def test_threads_are_limited_and_gone_afterwards() -> None:
-    """No more than workers at once, and no more than items."""
-
-    def of_maps() -> list[threading.Thread]:
-        return [thread for thread in threading.enumerate() if thread.name.startswith("m-")]
-
-    most = []
+@pytest.mark.parametrize(("items", "workers", "threads"), [(200, 4, 4), (2, 100, 2)])
+def test_threads_are_limited_and_gone_afterwards(items: int, workers: int, threads: int) -> None:
+    """No more than workers, and no more than items."""
+    used: set[threading.Thread] = set()
 
     def act(item: int) -> int:
-        most.append(len(of_maps()))
+        used.add(threading.current_thread())
         return item
 
-    Workflow(mapping(range(200), act, workers=4))()
-    Workflow(mapping(range(2), act, workers=100))()
-    assert 1 <= max(most) <= 4
-    for thread in of_maps():
-        thread.join(30)
-    assert of_maps() == []
+    Workflow(mapping(range(items), act, workers=workers))()
+    assert 1 <= len(used) <= threads
+    for thread in used:
+        thread.join(30)  # its last item is done, but it may have a moment to live
+        assert not thread.is_alive()
 
 
 def test_a_hundred_thousand_items_need_memory_for_what_is_recorded_only() -> None:
