@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Literal, cast
 
-from attrs import evolve, field, frozen
+from attrs import field, frozen
 
 from . import _json
 from .errors import SnapshotFormatError
@@ -85,7 +85,7 @@ class Steps(Mapping[str, StepResult]):
         self._texts = texts or {}
 
     def text(self, key: str) -> str:
-        """Return a step as JSON text: as it was read, which is free, or else encoded."""
+        """Return the JSON text of a step: as it was read, or else encoded now."""
         return self._texts.get(key) or _json.dumps(self._json[key])
 
     def to_json(self) -> dict[str, Any]:
@@ -100,11 +100,6 @@ class Steps(Mapping[str, StepResult]):
 
     def __len__(self) -> int:
         return len(self._json)
-
-    def __eq__(self, other: object) -> bool:
-        return self._json == other._json if isinstance(other, Steps) else NotImplemented
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"Steps({list(self._json)})"
@@ -208,10 +203,6 @@ class WorkflowSnapshot:
             warnings=rest.pop("warnings", None),
             extra=rest,
         )
-
-    def with_texts(self, texts: Mapping[str, str]) -> WorkflowSnapshot:
-        """Return it with the JSON text from which each step was read."""
-        return evolve(self, steps=Steps(cast(Steps, self.steps).to_json(), texts))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document that is stored."""

@@ -11,14 +11,14 @@ import typing
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from attrs import evolve, frozen
 
 from .. import _json
 from .._checks import check_id, moment
 from ..errors import NotSerializable, SnapshotFormatError
-from ..snapshot import OURS, STATUSES, WorkflowSnapshot, as_mapping
+from ..snapshot import OURS, STATUSES, Steps, WorkflowSnapshot, as_mapping
 from .text import age, elide, printable, span
 
 __all__ = [
@@ -345,7 +345,8 @@ def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot
     if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
         document["steps"] = {**appended, **document["steps"]}
     snapshot = WorkflowSnapshot.from_json(document, id=id)
-    return snapshot.with_texts({**appended_texts, **texts})
+    steps = cast(Steps, snapshot.steps).to_json()
+    return evolve(snapshot, steps=Steps(steps, {**appended_texts, **texts}))
 
 
 def is_input(value: object) -> bool:

@@ -430,7 +430,7 @@ def test_a_store_used_before_the_tests_moves_to_their_database(
         monkeypatch.setitem(connections.settings["moving"], "NAME", "template1")
         name, pid = made._db.rows(b"SELECT current_database()::text, pg_backend_pid()", {})[0]
         assert name == "template1"
-        with psycopg.connect(site.url) as db:
+        with psycopg.connect(site.url, autocommit=True) as db:
             alive = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
             pids = [pid, before[0][1]]
             eventually(lambda: db.execute(alive, (pids,)).fetchone() == (0,), "their ends")
