@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from itertools import zip_longest
@@ -23,8 +23,8 @@ from . import _json
 from ._checks import moment
 from .durable.durable import Durable
 from .durable.pending import Outcome
-from .errors import AlreadyRunning, WorkflowError, WorkflowSuspended
-from .snapshot import Status, WorkflowSnapshot, compose, timestamp
+from .errors import WorkflowError, WorkflowSuspended
+from .snapshot import Status, WorkflowSnapshot, as_mapping, compose, timestamp
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
 from .workflow.history import History
@@ -99,7 +99,7 @@ def pass_time(durable: Durable, time: timedelta) -> None:
     """Bring what unfinished runs wait for closer by ``time``: sleeps, timeouts, pauses, delays.
 
     The server's clock is not changed: it is the stored times that are. Runs that a process has at
-    the moment are left as they are.
+    the moment, and those that wait for no time, are left as they are.
 
     Example:
         >>> durable.submit("trial-1", trial_period)
@@ -112,18 +112,17 @@ def pass_time(durable: Durable, time: timedelta) -> None:
     for info in list(store.iter()):
         if info.status == "completed":
             continue
-        with suppress(AlreadyRunning), store.lock(info.id) as lease:
-            snapshot = store.load(info.id)
-            if snapshot is None:
-                continue
-            document = snapshot.to_json()
-            metadata = document.get("metadata")
-            if isinstance(metadata, dict) and "workflow" in metadata:
-                _bring_closer(metadata, ["wakeAt"], time)
-                for name in _TIMES:
-                    if isinstance(ends := metadata.get(name), dict):
-                        _bring_closer(ends, list(ends), time)
-                store.save(info.id, WorkflowSnapshot.from_json(document), lease=lease)
+        key = {"id": store.prefix + info.id}
+        for text, _, seen, *_ in store._db.rows(store._sql.read_for_resume, key):
+            metadata = as_mapping(_json.loads(text).get("metadata"))
+            times: dict[str, Any] = _closer({"wakeAt": metadata.get("wakeAt")}, time)
+            for name in _TIMES:
+                ends = as_mapping(metadata.get(name))
+                if closer := _closer(ends, time):
+                    times[name] = {**ends, **closer}
+            if "workflow" in metadata and times:
+                params = {**key, "seen": seen, "times": _json.dumps(times)}
+                store._db.count(store._sql.move_times, params)
 
 
 def drain(durable: Durable) -> list[Outcome]:
@@ -134,11 +133,12 @@ def drain(durable: Durable) -> list[Outcome]:
     return outcomes
 
 
-def _bring_closer(times: dict[str, Any], names: Sequence[str], time: timedelta) -> None:
-    for name in names:
-        end = times.get(name)
-        if isinstance(end, str) and not end.startswith("9999"):  # which stands for never
-            times[name] = timestamp(moment(end) - time)
+def _closer(ends: Mapping[str, Any], time: timedelta) -> dict[str, str]:
+    return {
+        name: timestamp(moment(end) - time)
+        for name, end in ends.items()
+        if isinstance(end, str) and not end.startswith("9999")  # which stands for never
+    }
 
 
 class _Crash(BaseException):
