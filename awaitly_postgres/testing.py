@@ -24,13 +24,14 @@ from ._checks import moment
 from .durable.durable import Durable
 from .durable.pending import Outcome
 from .errors import WorkflowError, WorkflowSuspended
-from .snapshot import Status, WorkflowSnapshot, as_mapping, compose, timestamp
+from .snapshot import WorkflowSnapshot, as_mapping, timestamp
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
 from .workflow.history import History
 from .workflow.replay import Replay
 from .workflow.run import Run
 from .workflow.step import Step
+from .workflow.workflow import snapshot_of
 
 T = TypeVar("T")
 Place = tuple[str, str]  # when, and the key of the step
@@ -188,12 +189,12 @@ class _Trial:
             try:
                 output = _output(run, self.workflow, self.args)
             except _Crash:
-                stored = _document(run, stored, "running")
+                stored = snapshot_of(run, stored, "running", {})
             except Exception as error:
                 if not isinstance(error, WorkflowSuspended) or error is not run.interruption:
                     return self._end_of(run, stored, error, None)
                 self._wait_for(run.history)
-                stored = _document(run, stored, "running", suspended=True)
+                stored = snapshot_of(run, stored, "running", {}, suspended=True)
             else:
                 return self._end_of(run, stored, None, output)
             finally:
@@ -214,7 +215,7 @@ class _Trial:
         error: Exception | None,
         output: str | None,
     ) -> _End:
-        done = _document(run, stored, "failed" if error else "completed")
+        done = snapshot_of(run, stored, "failed" if error else "completed", {})
         steps = done.to_json()["steps"]
         metas = {key: step.get("meta", {}) for key, step in steps.items()}
         own = [key for key, meta in metas.items() if not meta.get("parallel")]
@@ -324,21 +325,6 @@ def _output(run: Run, workflow: Callable[..., object], args: Sequence[Any]) -> s
 
 def _raised(error: Exception) -> str:
     return f"raises {type(error).__name__}: {error}"
-
-
-def _document(
-    run: Run, stored: WorkflowSnapshot | None, status: Status, *, suspended: bool = False
-) -> WorkflowSnapshot:
-    history = run.history
-    text = compose(
-        stored,
-        status,
-        steps=history.steps,
-        last_key=history.last_key,
-        metadata={} if status == "completed" else history.unfinished_metadata(suspended),
-        texts={},
-    )
-    return WorkflowSnapshot.from_json(_json.loads(text))
 
 
 # -- replays in other processes ------------------------------------------------------------

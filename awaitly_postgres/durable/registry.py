@@ -71,7 +71,8 @@ class Entry:
             theirs = _json.canonical(_json.dumps(metadata["input"]))
             ours = _json.canonical(input)
             if theirs != ours:
-                raise WorkflowConflict(id, "input", _brief(theirs), _brief(ours))
+                shown = [_json.shorten(text, 200) for text in (theirs, ours)]
+                raise WorkflowConflict(id, "input", *shown)
 
     def check_version(self, id: str, stored: WorkflowSnapshot) -> None:
         """Raise `VersionMismatch` if ``stored`` has another version, which is an error here."""
@@ -122,10 +123,6 @@ class Registry(dict[str, Entry]):
             if entry.fn == fn:  # not `is`: each access to a bound method makes a new object
                 return entry
         return Entry(name_of(fn), fn)
-
-
-def _brief(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 @functools.lru_cache(maxsize=256)

@@ -55,7 +55,8 @@ class Resuming(Options):
                 registered.
             and what `run` raises.
         """
-        self.store._db.refuse_to_run_here()  # first: it may look for the run on another connection
+        # First: it may look for the run on another connection.
+        self.store._db.pool.refuse_to_run_here()
         session, found = self._resumable(id)
         return session.start(found)
 
@@ -69,7 +70,7 @@ class Resuming(Options):
         Raises:
             StoreUnavailable: the database was away for longer than the store retries.
         """
-        self.store._db.refuse_to_run_here()
+        self.store._db.pool.refuse_to_run_here()
         return self._attempt(id)
 
     def resume_pending(
@@ -106,12 +107,15 @@ class Resuming(Options):
                 more and can be taken over, while the code of their current steps still runs.
         """
         check_limit(limit)
-        self.store._db.refuse_to_run_here()
         pool = self.store._db.pool
+        pool.refuse_to_run_here()
         if check_limit(workers, "workers") > 1:
             pool.make_room(workers + 1)  # one is for this thread
         names = list(self._workflows)
-        queue = Queue(lambda behind, length: self._pending(prefix, length, names, behind))
+        pending = self.store.pending
+        queue = Queue(
+            lambda after, limit: pending(prefix, workflows=names, limit=limit, after=after)
+        )
         crew = Workers(self._attempt_pending, workers, pool.leave_thread)
         return Pass(queue, crew, limit, on_progress, _counts).run()
 
@@ -125,7 +129,7 @@ class Resuming(Options):
         Returns:
             a list of `SnapshotInfo`.
         """
-        return self._pending(prefix, limit, list(self._workflows))
+        return self.store.pending(prefix, workflows=list(self._workflows), limit=limit)
 
     def _resumable(self, id: str, seen: datetime | None = None) -> tuple[Session, Found]:
         """Look ``id`` up without its lease, which costs more and would have to be released again.
@@ -151,20 +155,6 @@ class Resuming(Options):
         if entry is None:
             raise WorkflowNotFound(id, name)
         return Session(self, id, entry, _json.dumps(input)), found
-
-    def _pending(
-        self,
-        prefix: str,
-        limit: int,
-        workflows: list[str] | None,
-        behind: SnapshotInfo | None = None,
-    ) -> Infos:
-        return self.store.pending(
-            prefix,
-            workflows=workflows,
-            limit=limit,
-            after=behind,
-        )
 
     def _attempt_pending(self, info: SnapshotInfo, sessions: set[Session]) -> Outcome:
         return self._attempt(info.id, info.updated_at, sessions)
