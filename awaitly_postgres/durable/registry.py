@@ -106,14 +106,7 @@ class Registry(dict[str, Entry]):
         """Register a function; raise ValueError if another one has its name."""
         if inspect.iscoroutinefunction(entry.fn):
             raise TypeError(f"workflow {entry.name!r} is async; workflows are blocking functions")
-        known = self.get(entry.name)
-        # The same function defined again, in the same module, is a reload: it replaces the old one.
-        if known is not None and _place(known.fn) != _place(entry.fn):
-            raise ValueError(
-                f"{_place(known.fn)} is already registered as {entry.name!r}; "
-                f"give {_place(entry.fn)} another name="
-            )
-        self[entry.name] = entry
+        self[entry.name] = self._checked(entry)
 
     def of(self, fn: Callable[..., Any]) -> Entry:
         """Return the entry ``fn`` is registered as, or a new one that is not registered."""
@@ -122,7 +115,18 @@ class Registry(dict[str, Entry]):
         for entry in self.values():
             if entry.fn == fn:  # not `is`: each access to a bound method makes a new object
                 return entry
-        return Entry(name_of(fn), fn)
+        # Its runs would be resumed with the function that is registered under its name.
+        return self._checked(Entry(name_of(fn), fn))
+
+    def _checked(self, entry: Entry) -> Entry:
+        known = self.get(entry.name)
+        # The same function defined again, in the same module, is a reload: it replaces the old one.
+        if known is not None and _place(known.fn) != _place(entry.fn):
+            raise ValueError(
+                f"{_place(known.fn)} is already registered as {entry.name!r}; "
+                f"give {_place(entry.fn)} another name="
+            )
+        return entry
 
 
 @functools.lru_cache(maxsize=256)
