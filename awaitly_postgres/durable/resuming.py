@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
 
@@ -26,7 +27,7 @@ from .admission import AttemptsExhausted, Found, TouchedMeanwhile
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
-from .workers import Pass, Workers
+from .workers import InProgress, Pass, Workers
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
 _REFUSALS = (
@@ -156,22 +157,18 @@ class Resuming(Options):
             raise WorkflowNotFound(id, name)
         return Session(self, id, entry, _json.dumps(input)), found
 
-    def _attempt_pending(self, info: SnapshotInfo, sessions: set[Session]) -> Outcome:
-        return self._attempt(info.id, info.updated_at, sessions)
+    def _attempt_pending(self, info: SnapshotInfo, in_progress: InProgress) -> Outcome:
+        return self._attempt(info.id, info.updated_at, in_progress)
 
     def _attempt(
-        self, id: str, seen: datetime | None = None, sessions: set[Session] | None = None
+        self, id: str, seen: datetime | None = None, in_progress: InProgress = nullcontext
     ) -> Outcome:
-        """Resume ``id``, unless it was written since it was ``seen`` as pending.
-
-        Meanwhile its session is among the ``sessions``.
-        """
+        """Resume ``id``, unless it was written since it was ``seen`` as pending."""
         session: Session | None = None
-        sessions = set() if sessions is None else sessions
         try:
             session, found = self._resumable(id, seen)
-            sessions.add(session)
-            result = session.start(found, only_if_unchanged=seen is not None)
+            with in_progress(session):
+                result = session.start(found, only_if_unchanged=seen is not None)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
             end = session and session.end
@@ -187,9 +184,6 @@ class Resuming(Options):
                     return Outcome(id, "skipped", None, error, attempts)
             retry_at = self._retry_at(id) if session and not session.gave_up else None
             return Outcome(id, "failed", None, error, attempts, retry_at)
-        finally:
-            if session is not None:
-                sessions.discard(session)
 
     def _retry_at(self, id: str) -> datetime | None:
         rows = self.store._db.rows(self.store._sql.retry_at, {"id": self.store.key(id)})
