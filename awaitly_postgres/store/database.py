@@ -145,12 +145,20 @@ class Database:
         return self.run(in_transaction)
 
     def _has_committed(self, conn: Connection, xid: str) -> bool:
-        """Wait until the transaction is over; tell whether it was committed."""
+        """Wait until the transaction is over; tell whether it was committed.
+
+        Not for ever: a server that has not noticed that the connection is gone keeps it open.
+        """
+        backoff = Backoff(time.monotonic() + self.retry_for)
         while True:
             ((status,),) = fetch(conn, b"SELECT txid_status(%(xid)s::bigint)", {"xid": xid})
             if status != "in progress":
                 return bool(status == "committed")
-            time.sleep(0.05)
+            if not backoff.pause():
+                raise StoreUnavailable(
+                    "the connection was lost during a commit, and the server has not decided yet "
+                    "what became of it"
+                )
 
     def _lend(self, work: Callable[[Connection], T]) -> T:
         def with_tables(conn: Connection) -> T:
