@@ -40,6 +40,12 @@ class StepTransaction:
 
     def __enter__(self) -> Connection:
         run = self._run
+        # Now if it is known by now: `record` does it while the transaction is open, and would wait
+        # for ever if the body has locked a row of this run, by a signal to itself for example.
+        if run.written.must_be_rewritten:
+            with run.turn:
+                run.refuse_if_not_ours(f"before step {self._key!r} returns")
+                run.rewrite_before_append()
         # Read before the transaction begins, so that what it sees is at least as new. Read later,
         # these could name a checkpoint of another thread that an isolated transaction, which began
         # before it, cannot see: the check would mistake it for lost history.
