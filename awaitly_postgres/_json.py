@@ -206,7 +206,7 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
         if id(value) in ancestors:
             refuse(path, "it contains itself")
         if len(ancestors) >= depth:
-            refuse(_shorten(path), f"it is nested more than {depth} levels deep")
+            refuse(shorten(path), f"it is nested more than {depth} levels deep")
         ancestors.add(id(value))
         try:
             if not isinstance(value, dict):
@@ -214,7 +214,7 @@ def _write(value: Any, path: str, depth: int = MAX_DEPTH) -> str:
             members = []
             for key, item in value.items():
                 if not isinstance(key, str):
-                    refuse(path, f"its key {_shorten(repr(key))} is not a string")
+                    refuse(path, f"its key {shorten(repr(key))} is not a string")
                 below = f"{path}.{key}" if key.isidentifier() else f"{path}[{key!r}]"
                 members.append(f"{string(key, below)}:{write(item, below)}")
             return f"{{{','.join(members)}}}"
@@ -246,5 +246,6 @@ def _qualified(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _shorten(text: str, most: int = 80) -> str:
+def shorten(text: str, most: int = 80) -> str:
+    """Cut ``text``, for a message, after so many characters."""
     return text if len(text) <= most else f"{text[:most]}…"

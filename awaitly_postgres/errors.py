@@ -231,7 +231,8 @@ class DuplicateStepKey(WorkflowError):
     def __str__(self) -> str:
         return (
             f"{_subject(self.id)} used step key {self.key!r} twice in one run. "
-            "Each step needs its own key: in a loop, put the loop variable into it."
+            "Each step needs its own key: in a loop, put the loop variable into it; in a map, "
+            "name= must tell the items apart."
         )
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from itertools import zip_longest
@@ -23,14 +23,15 @@ from . import _json
 from ._checks import moment
 from .durable.durable import Durable
 from .durable.pending import Outcome
-from .errors import AlreadyRunning, WorkflowError, WorkflowSuspended
-from .snapshot import Status, WorkflowSnapshot, compose, timestamp
+from .errors import WorkflowError, WorkflowSuspended
+from .snapshot import WorkflowSnapshot, as_mapping, timestamp
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
 from .workflow.history import History
 from .workflow.replay import Replay
 from .workflow.run import Run
 from .workflow.step import Step
+from .workflow.workflow import snapshot_of
 
 T = TypeVar("T")
 Place = tuple[str, str]  # when, and the key of the step
@@ -99,7 +100,7 @@ def pass_time(durable: Durable, time: timedelta) -> None:
     """Bring what unfinished runs wait for closer by ``time``: sleeps, timeouts, pauses, delays.
 
     The server's clock is not changed: it is the stored times that are. Runs that a process has at
-    the moment are left as they are.
+    the moment, and those that wait for no time, are left as they are.
 
     Example:
         >>> durable.submit("trial-1", trial_period)
@@ -112,18 +113,17 @@ def pass_time(durable: Durable, time: timedelta) -> None:
     for info in list(store.iter()):
         if info.status == "completed":
             continue
-        with suppress(AlreadyRunning), store.lock(info.id) as lease:
-            snapshot = store.load(info.id)
-            if snapshot is None:
-                continue
-            document = snapshot.to_json()
-            metadata = document.get("metadata")
-            if isinstance(metadata, dict) and "workflow" in metadata:
-                _bring_closer(metadata, ["wakeAt"], time)
-                for name in _TIMES:
-                    if isinstance(ends := metadata.get(name), dict):
-                        _bring_closer(ends, list(ends), time)
-                store.save(info.id, WorkflowSnapshot.from_json(document), lease=lease)
+        key = {"id": store.prefix + info.id}
+        for text, _, seen, *_ in store._db.rows(store._sql.read_for_resume, key):
+            metadata = as_mapping(_json.loads(text).get("metadata"))
+            times: dict[str, Any] = _closer({"wakeAt": metadata.get("wakeAt")}, time)
+            for name in _TIMES:
+                ends = as_mapping(metadata.get(name))
+                if closer := _closer(ends, time):
+                    times[name] = {**ends, **closer}
+            if "workflow" in metadata and times:
+                params = {**key, "seen": seen, "times": _json.dumps(times)}
+                store._db.count(store._sql.move_times, params)
 
 
 def drain(durable: Durable) -> list[Outcome]:
@@ -134,11 +134,12 @@ def drain(durable: Durable) -> list[Outcome]:
     return outcomes
 
 
-def _bring_closer(times: dict[str, Any], names: Sequence[str], time: timedelta) -> None:
-    for name in names:
-        end = times.get(name)
-        if isinstance(end, str) and not end.startswith("9999"):  # which stands for never
-            times[name] = timestamp(moment(end) - time)
+def _closer(ends: Mapping[str, Any], time: timedelta) -> dict[str, str]:
+    return {
+        name: timestamp(moment(end) - time)
+        for name, end in ends.items()
+        if isinstance(end, str) and not end.startswith("9999")  # which stands for never
+    }
 
 
 class _Crash(BaseException):
@@ -188,12 +189,12 @@ class _Trial:
             try:
                 output = _output(run, self.workflow, self.args)
             except _Crash:
-                stored = _document(run, stored, "running")
+                stored = snapshot_of(run, stored, "running", {})
             except Exception as error:
                 if not isinstance(error, WorkflowSuspended) or error is not run.interruption:
                     return self._end_of(run, stored, error, None)
                 self._wait_for(run.history)
-                stored = _document(run, stored, "running", suspended=True)
+                stored = snapshot_of(run, stored, "running", {}, suspended=True)
             else:
                 return self._end_of(run, stored, None, output)
             finally:
@@ -214,7 +215,7 @@ class _Trial:
         error: Exception | None,
         output: str | None,
     ) -> _End:
-        done = _document(run, stored, "failed" if error else "completed")
+        done = snapshot_of(run, stored, "failed" if error else "completed", {})
         steps = done.to_json()["steps"]
         metas = {key: step.get("meta", {}) for key, step in steps.items()}
         own = [key for key, meta in metas.items() if not meta.get("parallel")]
@@ -324,21 +325,6 @@ def _output(run: Run, workflow: Callable[..., object], args: Sequence[Any]) -> s
 
 def _raised(error: Exception) -> str:
     return f"raises {type(error).__name__}: {error}"
-
-
-def _document(
-    run: Run, stored: WorkflowSnapshot | None, status: Status, *, suspended: bool = False
-) -> WorkflowSnapshot:
-    history = run.history
-    text = compose(
-        stored,
-        status,
-        steps=history.steps,
-        last_key=history.last_key,
-        metadata={} if status == "completed" else history.unfinished_metadata(suspended),
-        texts={},
-    )
-    return WorkflowSnapshot.from_json(_json.loads(text))
 
 
 # -- replays in other processes ------------------------------------------------------------

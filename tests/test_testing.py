@@ -200,8 +200,24 @@ def test_time_passes_for_all_that_runs_wait_for(durable: Durable) -> None:
     assert [outcome.result for outcome in drain(durable)] == [["in time"]]
 
 
+def test_time_that_passes_changes_nothing_else(durable: Durable) -> None:
+    """A run that crashed after a recorded step stays due at once, by what its journal has."""
+
+    @durable.workflow
+    def work(step: Step) -> None:
+        step("large", lambda: "x" * 5000)
+        raise KeyboardInterrupt
+
+    durable.submit("a", work)
+    with pytest.raises(KeyboardInterrupt):
+        durable.resume("a")
+    assert [info.id for info in durable.list_pending()] == ["a"]
+    pass_time(durable, timedelta(0))
+    assert [info.id for info in durable.list_pending()] == ["a"]
+
+
 def test_time_does_not_bring_a_signal(durable: Durable) -> None:
-    """A run that waits for nothing else stays as it is; so does one that has ended."""
+    """A run that waits for nothing else is not written; nor is one that has ended."""
 
     @durable.workflow
     def work(step: Step, key: str | None) -> object:
@@ -210,10 +226,10 @@ def test_time_does_not_bring_a_signal(durable: Durable) -> None:
     durable.run("ended", work, None)
     with pytest.raises(WorkflowSuspended):
         durable.run("waits", work, "approval")
-    before = {id: durable.store.load(id) for id in ("ended", "waits")}
+    before = durable.store.list(), {id: durable.store.load(id) for id in ("ended", "waits")}
     pass_time(durable, timedelta(days=10_000))
     assert drain(durable) == []
-    after = {id: durable.store.load(id) for id in ("ended", "waits")}
+    after = durable.store.list(), {id: durable.store.load(id) for id in ("ended", "waits")}
     assert after == before
 
 

@@ -72,8 +72,9 @@ def resume(
     if ids and (loop or limit or prefix or workers > 1):
         raise click.UsageError("give either ids, or --prefix, --limit, --workers and --loop")
     ping(durable.store)
-    if ids:
-        stored(durable.store, ids)
+    for row in stored(durable.store, ids) if ids else ():
+        if row.state in ("completed", "cancelled", "running"):
+            click.echo(printable(f"{row.id!r} is already {row.state}"), err=True)
     worker = Worker(durable, verbose, workers)
     try:
         with worker.listening():

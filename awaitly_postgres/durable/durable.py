@@ -176,7 +176,8 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
 
         Args:
             id: the id of the run; at most 1,000 bytes with the store's prefix.
-            fn: the workflow function, called with a `Step` and the arguments.
+            fn: the workflow function, called with a `Step` and the arguments. The run of a function
+                that is not registered is continued by `run` alone, with the same function.
             args: its arguments; part of the run's identity.
             kwargs: its keyword arguments, likewise.
 
@@ -197,6 +198,7 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
             NotSerializable: an argument or a result is not JSON; it was not recorded.
             TypeError: ``fn`` does not take these arguments, or ``with_options`` has set a delay;
                 nothing was stored.
+            ValueError: another function is registered under the name of ``fn``.
         """
         if self._delay is not None or self._at is not None:
             raise TypeError(

@@ -10,7 +10,7 @@ from attrs import define, evolve
 
 from .. import _json
 from .._checks import check_limit
-from ..errors import WorkflowCancelled, WorkflowNotFound
+from ..errors import WorkflowCancelled, WorkflowError, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot
 from ..store.database import Connection
 from ..store.rows import (
@@ -124,7 +124,7 @@ class Looking(Options):
             timeout: seconds to wait at most; None waits until the run has ended.
 
         Raises:
-            the error that the run failed with for good.
+            the error that the run failed with for good; `WorkflowError` if none is stored.
             TimeoutError: the run has not ended in time. It is not stopped.
             WorkflowNotFound: nothing is stored as ``id``.
             WorkflowCancelled: the run was cancelled.
@@ -138,6 +138,8 @@ class Looking(Options):
             if rows[0].state in _ENDED and (info := self._read(id)) and info.state in _ENDED:
                 if info.error is not None:
                     raise info.error
+                if info.state == "failed":  # saved by hand or by Node
+                    raise WorkflowError(f"{id!r} has failed, and its record does not say why")
                 return info.result
             left = None if give_up_at is None else give_up_at - time.monotonic()
             if left is not None and left <= 0:

@@ -71,7 +71,8 @@ class Entry:
             theirs = _json.canonical(_json.dumps(metadata["input"]))
             ours = _json.canonical(input)
             if theirs != ours:
-                raise WorkflowConflict(id, "input", _brief(theirs), _brief(ours))
+                shown = [_json.shorten(text, 200) for text in (theirs, ours)]
+                raise WorkflowConflict(id, "input", *shown)
 
     def check_version(self, id: str, stored: WorkflowSnapshot) -> None:
         """Raise `VersionMismatch` if ``stored`` has another version, which is an error here."""
@@ -105,14 +106,7 @@ class Registry(dict[str, Entry]):
         """Register a function; raise ValueError if another one has its name."""
         if inspect.iscoroutinefunction(entry.fn):
             raise TypeError(f"workflow {entry.name!r} is async; workflows are blocking functions")
-        known = self.get(entry.name)
-        # The same function defined again, in the same module, is a reload: it replaces the old one.
-        if known is not None and _place(known.fn) != _place(entry.fn):
-            raise ValueError(
-                f"{_place(known.fn)} is already registered as {entry.name!r}; "
-                f"give {_place(entry.fn)} another name="
-            )
-        self[entry.name] = entry
+        self[entry.name] = self._checked(entry)
 
     def of(self, fn: Callable[..., Any]) -> Entry:
         """Return the entry ``fn`` is registered as, or a new one that is not registered."""
@@ -121,11 +115,18 @@ class Registry(dict[str, Entry]):
         for entry in self.values():
             if entry.fn == fn:  # not `is`: each access to a bound method makes a new object
                 return entry
-        return Entry(name_of(fn), fn)
+        # Its runs would be resumed with the function that is registered under its name.
+        return self._checked(Entry(name_of(fn), fn))
 
-
-def _brief(text: str, most: int = 200) -> str:
-    return text if len(text) <= most else f"{text[:most]}…"
+    def _checked(self, entry: Entry) -> Entry:
+        known = self.get(entry.name)
+        # The same function defined again, in the same module, is a reload: it replaces the old one.
+        if known is not None and _place(known.fn) != _place(entry.fn):
+            raise ValueError(
+                f"{_place(known.fn)} is already registered as {entry.name!r}; "
+                f"give {_place(entry.fn)} another name="
+            )
+        return entry
 
 
 @functools.lru_cache(maxsize=256)

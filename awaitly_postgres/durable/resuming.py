@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
 
@@ -26,7 +27,7 @@ from .admission import AttemptsExhausted, Found, TouchedMeanwhile
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
-from .workers import Pass, Workers
+from .workers import InProgress, Pass, Workers
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
 _REFUSALS = (
@@ -55,7 +56,8 @@ class Resuming(Options):
                 registered.
             and what `run` raises.
         """
-        self.store._db.refuse_to_run_here()  # first: it may look for the run on another connection
+        # First: it may look for the run on another connection.
+        self.store._db.pool.refuse_to_run_here()
         session, found = self._resumable(id)
         return session.start(found)
 
@@ -69,7 +71,7 @@ class Resuming(Options):
         Raises:
             StoreUnavailable: the database was away for longer than the store retries.
         """
-        self.store._db.refuse_to_run_here()
+        self.store._db.pool.refuse_to_run_here()
         return self._attempt(id)
 
     def resume_pending(
@@ -106,12 +108,15 @@ class Resuming(Options):
                 more and can be taken over, while the code of their current steps still runs.
         """
         check_limit(limit)
-        self.store._db.refuse_to_run_here()
         pool = self.store._db.pool
+        pool.refuse_to_run_here()
         if check_limit(workers, "workers") > 1:
             pool.make_room(workers + 1)  # one is for this thread
         names = list(self._workflows)
-        queue = Queue(lambda behind, length: self._pending(prefix, length, names, behind))
+        pending = self.store.pending
+        queue = Queue(
+            lambda after, limit: pending(prefix, workflows=names, limit=limit, after=after)
+        )
         crew = Workers(self._attempt_pending, workers, pool.leave_thread)
         return Pass(queue, crew, limit, on_progress, _counts).run()
 
@@ -125,7 +130,7 @@ class Resuming(Options):
         Returns:
             a list of `SnapshotInfo`.
         """
-        return self._pending(prefix, limit, list(self._workflows))
+        return self.store.pending(prefix, workflows=list(self._workflows), limit=limit)
 
     def _resumable(self, id: str, seen: datetime | None = None) -> tuple[Session, Found]:
         """Look ``id`` up without its lease, which costs more and would have to be released again.
@@ -152,36 +157,18 @@ class Resuming(Options):
             raise WorkflowNotFound(id, name)
         return Session(self, id, entry, _json.dumps(input)), found
 
-    def _pending(
-        self,
-        prefix: str,
-        limit: int,
-        workflows: list[str] | None,
-        behind: SnapshotInfo | None = None,
-    ) -> Infos:
-        return self.store.pending(
-            prefix,
-            workflows=workflows,
-            limit=limit,
-            after=behind,
-        )
-
-    def _attempt_pending(self, info: SnapshotInfo, sessions: set[Session]) -> Outcome:
-        return self._attempt(info.id, info.updated_at, sessions)
+    def _attempt_pending(self, info: SnapshotInfo, in_progress: InProgress) -> Outcome:
+        return self._attempt(info.id, info.updated_at, in_progress)
 
     def _attempt(
-        self, id: str, seen: datetime | None = None, sessions: set[Session] | None = None
+        self, id: str, seen: datetime | None = None, in_progress: InProgress = nullcontext
     ) -> Outcome:
-        """Resume ``id``, unless it was written since it was ``seen`` as pending.
-
-        Meanwhile its session is among the ``sessions``.
-        """
+        """Resume ``id``, unless it was written since it was ``seen`` as pending."""
         session: Session | None = None
-        sessions = set() if sessions is None else sessions
         try:
             session, found = self._resumable(id, seen)
-            sessions.add(session)
-            result = session.start(found, only_if_unchanged=seen is not None)
+            with in_progress(session):
+                result = session.start(found, only_if_unchanged=seen is not None)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
             end = session and session.end
@@ -197,9 +184,6 @@ class Resuming(Options):
                     return Outcome(id, "skipped", None, error, attempts)
             retry_at = self._retry_at(id) if session and not session.gave_up else None
             return Outcome(id, "failed", None, error, attempts, retry_at)
-        finally:
-            if session is not None:
-                sessions.discard(session)
 
     def _retry_at(self, id: str) -> datetime | None:
         rows = self.store._db.rows(self.store._sql.retry_at, {"id": self.store.key(id)})

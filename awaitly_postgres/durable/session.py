@@ -99,7 +99,7 @@ class Session:
             only_if_unchanged: raise `TouchedMeanwhile` if it was written since; for
                 `resume_pending`.
         """
-        self._db.refuse_to_run_here()
+        self._db.pool.refuse_to_run_here()
         try:
             admission = self._admission.admit(found, only_if_unchanged)
             if isinstance(admission, Finished):

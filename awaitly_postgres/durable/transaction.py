@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from attrs import define, field
 
 from ..errors import LeaseLost, StoreUnavailable
+from ..store.connection import is_isolated
 from ..store.database import ROLLBACK, Connection, driver_error, fetch
 from ..store.transaction import Transaction
 
@@ -39,12 +40,18 @@ class StepTransaction:
 
     def __enter__(self) -> Connection:
         run = self._run
+        # Now if it is known by now: `record` does it while the transaction is open, and would wait
+        # for ever if the body has locked a row of this run, by a signal to itself for example.
+        if run.written.must_be_rewritten:
+            with run.turn:
+                run.refuse_if_not_ours(f"before step {self._key!r} returns")
+                run.rewrite_before_append()
         # Read before the transaction begins, so that what it sees is at least as new. Read later,
         # these could name a checkpoint of another thread that an isolated transaction, which began
         # before it, cannot see: the check would mistake it for lost history.
         params = run.next_write()
         conn = self._conn = self._transaction.begin()
-        self._isolated = run.db.isolates(conn)
+        self._isolated = is_isolated(conn)
         if self._isolated and not fetch(conn, run.db.sql.check_history, params):
             raise LeaseLost(run.id)
         return conn
@@ -102,13 +109,12 @@ class StepTransaction:
             # First end what is still open. If the commit was not sent this rolls back, so that the
             # lookup below finds an outcome and does not wait for a transaction of this thread.
             closed, self._conn = self._transaction.give_up(error), None
-            refused = driver_error(error) is not None
-            lost = refused and closed
+            refused = driver_error(error)
             committed = self._committed
             in_doubt = not committed and run.in_doubt == self._key and self._step is not None
             # An error from the server on a live connection is an answer: it was rolled back. After
             # a lost connection or an interrupt (a signal handler, Ctrl-C) only a lookup can tell.
-            if in_doubt and (lost or not refused):
+            if in_doubt and (closed or refused is None):
                 try:
                     committed = run.has_committed(self._key, str(self._step))
                 except StoreUnavailable as unknown:  # the step stays in doubt: nothing may follow
@@ -120,9 +126,9 @@ class StepTransaction:
                 run.history.forget(self._key)
                 run.written = self._before
             self._clear_doubt()
-            if lost:
-                run.db.recover(error)
-                return None if committed else run.db.translated(error)
+            if closed and refused is not None:
+                run.db.recover(refused)
+                return None if committed else run.db.translate(refused)
             return error
         finally:
             self._leave_turn()

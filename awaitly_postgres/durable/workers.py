@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import Context, copy_context
 from queue import SimpleQueue
 
@@ -16,8 +17,8 @@ from ..store.rows import SnapshotInfo
 from .pending import Outcome, Queue
 from .session import Session
 
-Sessions = set[Session]  # the starts that are in progress
-Attempt = Callable[[SnapshotInfo, Sessions], Outcome]
+InProgress = Callable[[Session], AbstractContextManager[object]]  # wraps a start
+Attempt = Callable[[SnapshotInfo, InProgress], Outcome]
 Ended = tuple[Outcome | None, BaseException | None]  # what came of a start, or what it raised
 
 
@@ -29,7 +30,7 @@ class Workers:
     keep the process from ending when it is told to stop at once.
 
     Args:
-        attempt: starts one run; keeps its session among the sessions while it is in progress.
+        attempt: starts one run, inside the context manager that it is given for its session.
         count: how many runs can be in progress at a time.
         leave: called by each thread when it ends.
     """
@@ -38,7 +39,8 @@ class Workers:
     _count: int
     _leave: Callable[[], object]
     running: int = 0  # started, and not yet told of
-    _sessions: Sessions = field(factory=set)
+    _sessions: set[Session] = field(factory=set)  # of the starts that are in progress
+    _is_closed: bool = False
     _threads: list[threading.Thread] = field(factory=list)
     _tasks: SimpleQueue[tuple[Context, SnapshotInfo] | None] = field(factory=SimpleQueue)
     _ended: SimpleQueue[Ended] = field(factory=SimpleQueue)
@@ -47,19 +49,30 @@ class Workers:
     @property
     def are_busy(self) -> bool:
         """Whether none is free for another run."""
-        return self.running == self._count
+        return self.running >= self._count
 
     def start(self, info: SnapshotInfo) -> None:
         """Start a run, with the context variables of the caller."""
         if self._count == 1:
             # Here, so that Ctrl-C and the like strike in the workflow itself.
-            self._ended.put((self._attempt(info, self._sessions), None))
+            self._ended.put((self._attempt(info, self._in_progress), None))
         else:
             if self.running == len(self._threads):
-                self._threads.append(threading.Thread(target=self._work, daemon=True))
-                self._threads[-1].start()
+                self._add_thread()
             self._tasks.put((copy_context(), info))
         self.running += 1
+
+    def _add_thread(self) -> None:
+        self._threads.append(threading.Thread(target=self._work, daemon=True))
+        try:
+            self._threads[-1].start()
+        except RuntimeError:
+            # The machine has no more of them: make do with those there are. To raise would abandon
+            # the runs that are in progress.
+            self._threads.pop()
+            if not self._threads:
+                raise
+            self._count = len(self._threads)
 
     def next(self) -> Ended:
         """Wait for one of the runs to end."""
@@ -71,7 +84,7 @@ class Workers:
         while (task := self._tasks.get()) is not None:
             context, info = task
             try:
-                self._ended.put((context.run(self._attempt, info, self._sessions), None))
+                self._ended.put((context.run(self._attempt, info, self._in_progress), None))
             except BaseException as error:
                 self._ended.put((None, error))
             if os.getpid() != self._pid:
@@ -81,12 +94,25 @@ class Workers:
             del task, context  # their values would live as long as this thread waits
         self._leave()
 
+    @contextmanager
+    def _in_progress(self, session: Session) -> Iterator[None]:
+        self._sessions.add(session)
+        try:
+            # Asked after it was added: either it is seen here that no run may begin any more, or
+            # `close` sees the session and stops it.
+            if self._is_closed:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._sessions.discard(session)
+
     def close(self) -> None:
         """End the threads. What is still running is abandoned: the process was told to stop now.
 
         An abandoned run is as after Ctrl-C: it records nothing more, and another process can take
         it over. The code of its current step goes on until it ends by itself or the process does.
         """
+        self._is_closed = True
         for _ in self._threads:
             self._tasks.put(None)
         if not self.running:

@@ -25,7 +25,6 @@ from .connection import (
     Row,
     execute,
     fetch,
-    is_isolated,
 )
 from .pool import PATIENCE, Pool
 from .statements import Statements
@@ -100,15 +99,11 @@ class Database:
                     conn.close()
             except psycopg.Error as error:
                 if not _is_transient(error) or not backoff.pause():
-                    raise self._translate(error) from error
+                    raise self.translate(error) from error
 
     def joined(self, conn: Connection | None) -> Connection | None:
         """Return where to run what may be part of the caller's transaction; see `Pool.joined`."""
         return self.pool.joined(conn)
-
-    def refuse_to_run_here(self) -> None:
-        """Raise where a run would outlive what the caller is about to roll back."""
-        self.pool.refuse_to_run_here()
 
     def rows(
         self,
@@ -150,12 +145,20 @@ class Database:
         return self.run(in_transaction)
 
     def _has_committed(self, conn: Connection, xid: str) -> bool:
-        """Wait until the transaction is over; tell whether it was committed."""
+        """Wait until the transaction is over; tell whether it was committed.
+
+        Not for ever: a server that has not noticed that the connection is gone keeps it open.
+        """
+        backoff = Backoff(time.monotonic() + self.retry_for)
         while True:
             ((status,),) = fetch(conn, b"SELECT txid_status(%(xid)s::bigint)", {"xid": xid})
             if status != "in progress":
                 return bool(status == "committed")
-            time.sleep(0.05)
+            if not backoff.pause():
+                raise StoreUnavailable(
+                    "the connection was lost during a commit, and the server has not decided yet "
+                    "what became of it"
+                )
 
     def _lend(self, work: Callable[[Connection], T]) -> T:
         def with_tables(conn: Connection) -> T:
@@ -168,14 +171,6 @@ class Database:
     def patience(self) -> float:
         """Seconds to wait for a pooled connection before looking what is wrong."""
         return min(PATIENCE, self.retry_for) or PATIENCE
-
-    def isolates(self, conn: Connection) -> bool:
-        """Tell whether the transaction on ``conn`` sees the rows as they were when it began."""
-        return is_isolated(conn)
-
-    def new_connection(self) -> Connection:
-        """Connect as the pool does, in autocommit mode."""
-        return self.pool.new_connection()
 
     def create_tables(self) -> None:
         """Make what is missing of the schema, indexes included."""
@@ -193,20 +188,12 @@ class Database:
         with suppress(psycopg.Error, AwaitlyError):
             yield
 
-    def translated(self, error: BaseException) -> AwaitlyError:
-        """Return ours for an error of the driver, or one that was made of it."""
-        return self._translate(driver_error(error) or StoreError(str(error)))
-
-    def recover(self, error: BaseException) -> None:
-        """Clear away what the loss of a connection has broken."""
-        if (lost := driver_error(error)) is not None:
-            self._recover(lost)
-
     def pause_or_raise(self, error: Exception, backoff: Backoff) -> None:
-        if not self._recover(error) or not backoff.pause():
-            raise self._translate(error) from error
+        """Return when it is time to try again, or raise ours for an error that is for good."""
+        if not self.recover(error) or not backoff.pause():
+            raise self.translate(error) from error
 
-    def _recover(self, error: Exception) -> bool:
+    def recover(self, error: Exception) -> bool:
         """Tell whether trying again makes sense, having cleared away what is broken."""
         if isinstance(error, pg.UndefinedTable) and self._auto_create:
             self._tables_seen = False  # somebody dropped them: look again, as other threads may too
@@ -215,7 +202,7 @@ class Database:
             try:
                 self.pool.connect_once()
             except psycopg.Error as reason:
-                raise self._translate(reason) from reason
+                raise self.translate(reason) from reason
             return True
         if not _is_transient(error):
             return False
@@ -223,7 +210,8 @@ class Database:
             self.pool.purge()
         return True
 
-    def _translate(self, error: Exception) -> AwaitlyError:
+    def translate(self, error: Exception) -> AwaitlyError:
+        """Return ours for an error of the driver."""
         if isinstance(error, UnicodeEncodeError):
             return StoreError(
                 f"the connection's client encoding cannot carry this text ({error}); "
@@ -259,7 +247,7 @@ class Database:
         except (psycopg.Error, UnicodeEncodeError) as error:
             if isinstance(error, pg.UndefinedTable):
                 self._tables_seen = False
-            raise self._translate(error) from error
+            raise self.translate(error) from error
 
     # -- tables ----------------------------------------------------------------------------
 

@@ -46,7 +46,9 @@ class Lease:
         Returns False if the lease is lost; one that has run out is not revived. It waits for
         nobody: while a write under this lease is being committed, the lease stands as it is.
         """
-        return self._renew(check_ttl(self.ttl if ttl is None else ttl))
+        params = {**self.params, "ttl": check_ttl(self.ttl if ttl is None else ttl)}
+        # May be repeated: a second try counts from the server's time of its own.
+        return self.renewed(self._db.rows(self._db.sql.renew, params))
 
     def release(self) -> None:
         """Give the lease back. Does nothing if it is lost already."""
@@ -60,12 +62,6 @@ class Lease:
     def params(self) -> dict[str, str]:
         """What a fenced statement needs to name this lease."""
         return {"id": self._key, "token": self.token}
-
-    def _renew(self, ttl: float) -> bool:
-        params = {**self.params, "ttl": ttl}
-        # May be repeated: a second try counts from the server's time of its own.
-        rows = self._db.run(lambda conn: fetch(conn, self._db.sql.renew, params))
-        return self.renewed(rows)
 
     def renewed(self, rows: Sequence[Row]) -> bool:
         """Take over the new end, if there is one: a row that a write has locked keeps the old."""

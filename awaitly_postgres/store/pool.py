@@ -27,7 +27,7 @@ from .connection import (
     Connection,
     parse_conninfo,
     set_read_committed,
-    set_up_prepared_statements,
+    set_up_session,
 )
 from .loan import Loan, OwnConnection
 
@@ -246,7 +246,7 @@ class OwnPool(Pool):
         def configure(conn: OwnConnection) -> None:
             set_read_committed(conn)
             if "prepare_threshold" not in kwargs:
-                set_up_prepared_statements(conn)
+                set_up_session(conn)
             conn.home = home  # last: one that cannot be set up, the pool replaces by itself
 
         pool: ConnectionPool[Any] = kind(

@@ -690,6 +690,19 @@ WHERE id = %(id)s
     AND jsonb_typeof(snapshot->'metadata'->'workflow') = 'string'
 RETURNING 1
 
+-- name: move_times
+-- For testing.pass_time: changes the times that a run waits for, and nothing else, so that the
+-- journal stays. It needs no lease: nothing changes if somebody has written to the run since it was
+-- %(seen)s or holds it, and whoever takes it up meanwhile finds it touched and reads it again.
+UPDATE {snapshots} SET
+    updated_at = statement_timestamp(),
+    snapshot = jsonb_set(snapshot, '{"metadata"}', {metadata} || %(times)s::jsonb)
+WHERE id = %(id)s
+    AND {untouched}
+    AND NOT EXISTS (
+        SELECT FROM {leases} WHERE workflow_id = %(id)s AND expires_at > statement_timestamp()
+    )
+
 -- name: signal
 -- Puts a value where step.wait(key) looks for it, without the lease; keep_signals keeps it
 -- there. The first signal for a key stays. A run that is completed or cancelled takes none, nor

@@ -70,7 +70,7 @@ class _Renewer:
                 kept, pause = True, lease.ttl / 10  # retry soon if this renewal fails
                 with db.tolerating_outages():
                     if conn is None or conn.closed:
-                        conn = db.new_connection()
+                        conn = db.pool.new_connection()
                     # Without the lock: others may be kept and dropped while the server thinks.
                     rows = fetch(conn, db.sql.renew, {**lease.params, "ttl": lease.ttl})
                     kept = lease.renewed(rows)

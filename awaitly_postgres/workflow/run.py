@@ -48,9 +48,12 @@ class Run(Asking):
             result = fn()
             if (unreached := self.history.unreached()) and self.on_drift == "error":
                 self._interrupt(WorkflowDrift(self.id, None, unreached))
-        except (Exception, Interrupted):
+        except (Exception, Interrupted) as error:
             if self._ended_by is None:
                 raise
+            # One that was never raised itself gets the place in the user's code.
+            if isinstance(error, Interrupted) and error.error.__traceback__ is None:
+                error.error.__traceback__ = error.__traceback__
         if self._ended_by is not None:
             raise self._ended_by
         return result

@@ -140,19 +140,31 @@ class Workflow(Generic[P, T]):
         return "run_stopped"
 
     def _document(self, run: Run, status: Status, *, suspended: bool = False) -> WorkflowSnapshot:
-        history = run.history
         metadata = {"workflow": self.name, "version": self.version}
-        if status != "completed":
-            metadata |= history.unfinished_metadata(suspended)
-        text = compose(
-            self._snapshot,
-            status,
-            steps=history.steps,
-            last_key=history.last_key,
-            metadata=metadata,
-            texts={},
-        )
-        return WorkflowSnapshot.from_json(_json.loads(text))
+        return snapshot_of(run, self._snapshot, status, metadata, suspended=suspended)
+
+
+def snapshot_of(
+    run: Run,
+    before: WorkflowSnapshot | None,
+    status: Status,
+    metadata: Mapping[str, Any],
+    *,
+    suspended: bool = False,
+) -> WorkflowSnapshot:
+    """Return the snapshot of a run in memory, which had ``before`` when it started."""
+    history = run.history
+    if status != "completed":
+        metadata = {**metadata, **history.unfinished_metadata(suspended)}
+    text = compose(
+        before,
+        status,
+        steps=history.steps,
+        last_key=history.last_key,
+        metadata=metadata,
+        texts={},
+    )
+    return WorkflowSnapshot.from_json(_json.loads(text))
 
 
 def name_of(fn: Callable[..., Any]) -> str:

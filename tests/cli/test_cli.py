@@ -878,6 +878,22 @@ def test_resume_takes_ids_a_prefix_or_a_limit(
     assert done == {"a1", "b1"}
 
 
+def test_resume_of_an_id_that_is_not_resumed_says_so(run: Run, durable: Durable) -> None:
+    """Exit status 0, since nothing has failed; but silence would look like a start."""
+    for id in ("done", "over", "held"):
+        durable.submit(id, durable.workflow(checkout), "ada")
+    durable.resume("done")
+    durable.cancel("over")
+    durable.store.try_acquire("held", ttl=600)
+    ended = run("resume", "flows:durable", "done", "over", "held")
+    assert (ended.returncode, ended.stdout) == (0, "")
+    assert ended.stderr.splitlines() == [
+        "'done' is already completed",
+        "'over' is already cancelled",
+        "'held' is already running",
+    ]
+
+
 def test_resume_of_an_unknown_id_runs_nothing(
     run: Run, durable: Durable, db: psycopg.Connection
 ) -> None:

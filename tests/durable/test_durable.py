@@ -252,6 +252,20 @@ def test_first_run_sees_its_input_and_output_as_a_replay_would(durable: Durable)
     assert list(first[1]) == list(again[1]) == ["a", "b"]
 
 
+def test_a_name_is_not_lent_to_another_function(store: SnapshotStore) -> None:
+    """A run of it would be resumed with the one that is registered under the name."""
+
+    def letters(step: Step) -> None:
+        step("a", str)
+
+    durable = Durable(store)
+    durable.workflow(name="letters")(lambda step: step("b", str))
+    for start in (durable.run, durable.submit):
+        with pytest.raises(ValueError, match="already registered as 'letters'"):
+            start("id", letters)
+    assert not durable.has_state("id")
+
+
 @pytest.mark.parametrize("stored", ["nothing", "by hand", "unregistered"])
 def test_resume_needs_a_recorded_input_and_a_registered_workflow(
     durable: Durable, work: Work, stored: str

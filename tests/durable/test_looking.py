@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awaitly_postgres import (
+    DuplicateStepKey,
     Durable,
     RunInfo,
     SnapshotStore,
     Step,
     StepFailed,
     WorkflowCancelled,
+    WorkflowError,
     WorkflowNotFound,
     WorkflowSuspended,
     postgres,
@@ -256,6 +258,31 @@ def test_a_result_that_never_comes_is_an_error(
     """Cancelled, not there, or not ended in time: one that is tried again has not ended."""
     with pytest.raises(error):
         orders.result(id, timeout=0)
+
+
+def test_a_misuse_is_told_with_its_place_in_the_code(durable: Durable) -> None:
+    """To whoever calls it, and to whoever looks at the stored run."""
+
+    @durable.workflow
+    def twice(step: Step) -> None:
+        step("a", str)
+        step("a", int)
+
+    with pytest.raises(DuplicateStepKey) as caught:
+        durable.run("a", twice)
+    assert "twice" in [entry.name for entry in caught.traceback]
+    assert 'step("a", int)' in str(seen(durable, "a").traceback)
+
+
+def test_a_failure_whose_reason_is_not_stored_is_raised_all_the_same(
+    durable: Durable,
+) -> None:
+    """As other programs save it; None would look like a result."""
+    execution = {"status": "failed", "lastUpdated": "2000-01-01T00:00:00.000Z"}
+    durable.store.save("theirs", {"formatVersion": 1, "steps": {}, "execution": execution})
+    assert seen(durable, "theirs").state == "failed"
+    with pytest.raises(WorkflowError, match="'theirs' has failed"):
+        durable.result("theirs", timeout=0)
 
 
 def test_a_page_among_many_is_found_by_an_index(store: SnapshotStore, db: DB) -> None:

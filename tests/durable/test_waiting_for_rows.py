@@ -9,13 +9,14 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool
 
 from awaitly_postgres import (
     Durable,
     SnapshotStore,
     Step,
+    StoreUnavailable,
     Workflow,
     WorkflowCancelled,
     postgres,
@@ -264,3 +265,34 @@ def test_cancelled_while_it_runs_it_is_cancelled(durable: Durable) -> None:
 
     with pytest.raises(WorkflowCancelled):
         durable.run("a", work)
+
+
+@pytest.mark.parametrize("what", ["signal", "cancel"])
+def test_a_transaction_that_writes_to_its_own_run_waits_for_no_lock_of_its_own(
+    make_store: Callable[..., SnapshotStore], url: str, what: str
+) -> None:
+    """Its first try has failed, so that the snapshot is to be rewritten before it is appended."""
+    limited = make_conninfo(url, options=f"{conninfo_to_dict(url)['options']} -c lock_timeout=3s")
+    durable = Durable(postgres(limited, retry_for=0))
+    tries: list[str] = []
+
+    def body(conn: DB, id: str) -> bool:
+        tries.append(what)
+        if len(tries) == 1:
+            raise ConnectionError("away")
+        if what == "signal":
+            return durable.signal(id, "later", True, conn=conn)
+        return durable.cancel(id, conn=conn)
+
+    @durable.workflow
+    def work(step: Step) -> bool:
+        return bool(step.transaction("once", body, step.workflow_id))
+
+    with durable.store:
+        durable.submit("a", work)
+        assert durable.try_resume("a").status == "failed"
+        outcome = durable.try_resume("a")
+        assert not isinstance(outcome.error, StoreUnavailable)
+        assert (outcome.status, outcome.result) == (
+            ("completed", True) if what == "signal" else ("skipped", None)
+        )

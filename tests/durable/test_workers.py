@@ -281,6 +281,56 @@ def test_ctrl_c_abandons_what_is_in_progress(durable: Durable, job: Job, db: DB)
         assert job.ran[id] == 2
 
 
+def test_ctrl_c_starts_no_run_that_a_worker_is_just_looking_up(
+    durable: Durable, job: Job, db: DB, url: str
+) -> None:
+    """Given to a thread that has not read it yet, it would go on after the pass has ended."""
+    for id, waits in (("first", False), ("beside", True), ("next", False)):
+        durable.submit(id, job, waits)
+
+    def interrupt(outcome: Outcome) -> None:
+        """Have the next one wait in its first statement, and strike then."""
+        eventually(lambda: job.inside == 1)
+        blocker.execute("LOCK TABLE awaitly_snapshots")
+        threading.Thread(target=strike).start()
+
+    def strike() -> None:
+        waiting = (
+            "SELECT FROM pg_locks WHERE relation = 'awaitly_snapshots'::regclass AND NOT granted"
+        )
+        eventually(lambda: db.execute(waiting).fetchall())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    with psycopg.connect(url) as blocker:
+        with pytest.raises(KeyboardInterrupt):
+            durable.resume_pending(workers=2, on_progress=interrupt)
+        left = {thread for thread in threading.enumerate() if "_work" in thread.name}
+    job.gate.set()
+    for thread in left:
+        thread.join(TIMEOUT)
+    assert (job.ran["first"], job.ran["next"], durable.get("next").attempts) == (1, 0, 0)
+    assert leases(db) == 0
+
+
+def test_fewer_threads_than_workers_will_do(
+    durable: Durable, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no more can be started; nothing in progress is abandoned for that."""
+    start = threading.Thread.start
+
+    def start_two(thread: threading.Thread) -> None:
+        names = [thread.name, *(other.name for other in threading.enumerate())]
+        if "_work" in thread.name and sum("_work" in name for name in names) > 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    ids = submit(durable, job, 8)
+    assert statuses(durable.resume_pending(workers=5)) == dict.fromkeys(ids, "completed")
+    assert job.ran == Counter(ids)
+    assert [t for t in threading.enumerate() if "_work" in t.name] == []
+
+
 def test_a_pool_of_the_stores_own_grows(make_store: Callable[..., SnapshotStore]) -> None:
     """Five transactions at a time need five connections, and the lease's thread none of them."""
     durable = Durable(make_store(max_size=2, retry_for=10))

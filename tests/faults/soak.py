@@ -29,6 +29,18 @@ def large(step: Step, nr: int) -> int:
     return sum(len(step(f"part-{part}", lambda: "x" * 2000)) for part in range(12))
 
 
+def mapped(step: Step, nr: int) -> int:
+    return sum(step.map("part", lambda part: part * nr, range(12), workers=4))
+
+
+# One in ten of each of the last two.
+WORKFLOWS = [small] * 8 + [large, mapped]
+
+
+def result_of(nr: int) -> int:
+    return {small: 2 * nr + 1, large: 24_000, mapped: 66 * nr}[WORKFLOWS[nr % 10]]
+
+
 def soak(url: str, workflows: int) -> Row:
     """Run so many, and compare memory, threads and connections early and late."""
     row, began = Row("soak"), time.monotonic()
@@ -46,10 +58,7 @@ def soak(url: str, workflows: int) -> Row:
 
             def group(first: int) -> None:
                 for nr in range(first, min(first + THREADS, workflows)):
-                    work = large if nr % 10 == 0 else small
-                    if durable.run(f"soak-{nr}", work, nr) != (
-                        24_000 if work is large else 2 * nr + 1
-                    ):
+                    if durable.run(f"soak-{nr}", WORKFLOWS[nr % 10], nr) != result_of(nr):
                         row.lost += 1
 
             def batch(first: int, last: int) -> tuple[int, int, int]:

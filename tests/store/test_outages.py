@@ -373,3 +373,20 @@ def test_without_retries_a_cut_connection_is_reported_at_once(
     with pytest.raises(StoreUnavailable):
         store.load("a")
     assert store.load("a") is None
+
+
+def test_a_transaction_that_does_not_end_is_not_waited_for_for_ever(
+    make_store: Callable[..., SnapshotStore], url: str
+) -> None:
+    """A server that has not noticed that the connection is gone keeps it open."""
+    db = make_store(retry_for=0.2)._db
+    with psycopg.connect(url) as orphan:
+        (xid,) = orphan.execute("SELECT txid_current()::text").fetchone()
+        with pytest.raises(StoreUnavailable, match="has not decided"):
+            db.pool.lend(lambda conn: db._has_committed(conn, xid), 60)
+
+
+def test_a_server_notices_soon_that_a_client_has_vanished(store: SnapshotStore) -> None:
+    """Its default is two hours, for which it would keep the locks of a transaction."""
+    query = b"SELECT source FROM pg_settings WHERE name LIKE 'tcp_keepalives_i%%'"
+    assert store._db.rows(query, {}) == [("session",), ("session",)]
