@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
 import psycopg
@@ -330,6 +330,42 @@ def test_a_run_is_refused_inside_an_atomic_block(shop: SimpleNamespace, call: st
         durable.run("a", work) if call == "run" else durable.resume("a")
     assert dict(durable.store.load("a").steps) == {}
     assert durable.run("a", work) == str(Order.objects.get().pk)
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_answers_and_cancellations_commit_or_roll_back_with_the_block(
+    shop: SimpleNamespace, commits: bool
+) -> None:
+    """Nobody else sees them before, and rolled back they can be made again."""
+    from django.db import transaction
+
+    durable = Durable(shop.workflows.durable.store)
+
+    @durable.workflow
+    def work(step: Step) -> object:
+        return step.wait("approval")
+
+    def seen() -> list[tuple[str, int]]:
+        columns = "snapshot->'metadata' ? 'cancelledAt', snapshot->'metadata' ? 'signals'"
+        return shop.db.execute(f"SELECT {columns} FROM awaitly_snapshots ORDER BY id").fetchall()
+
+    for id in ("answered", "cancelled"):
+        with pytest.raises(Exception, match="suspended"):
+            durable.run(id, work)
+    before = seen()
+    assert before == [(False, False)] * 2
+    with suppress(ZeroDivisionError), transaction.atomic():
+        assert durable.signal("answered", "approval", "yes")
+        assert durable.cancel("cancelled")
+        assert not durable.signal("answered", "approval", "no")
+        assert durable.get("cancelled").state == "cancelled"
+        assert seen() == before
+        if not commits:
+            raise ZeroDivisionError
+    assert seen() == ([(False, True), (True, False)] if commits else before)
+    assert durable.signal("answered", "approval", "again") is not commits
+    assert durable.cancel("cancelled") is not commits
+    assert durable.resume("answered") == ("yes" if commits else "again")
 
 
 @pytest.mark.parametrize("caught", [False, True])
