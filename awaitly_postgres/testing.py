@@ -338,7 +338,7 @@ def _document(
         metadata={} if status == "completed" else history.unfinished_metadata(suspended),
         texts={},
     )
-    return WorkflowSnapshot.from_json(_json.loads(text))
+    return WorkflowSnapshot.from_json(_json.as_stored(text))
 
 
 # -- replays in other processes ------------------------------------------------------------
