@@ -185,7 +185,7 @@ class _Trial:
         while True:
             run = _CrashingRun(_NAME, _NAME, codec=self.codec, trial=self)
             if stored is not None:
-                run.history = History.of(stored)
+                run.history = _read_back(stored)
             try:
                 output = _output(run, self.workflow, self.args)
             except _Crash:
@@ -323,6 +323,11 @@ def _output(run: Run, workflow: Callable[..., object], args: Sequence[Any]) -> s
     return encode(run.codec, result, "the output of the workflow")
 
 
+def _read_back(stored: WorkflowSnapshot) -> History:
+    """Return the history as the database gives it back: keys are in the order of JSONB."""
+    return History.of(WorkflowSnapshot.from_json(_json.as_stored(_json.dumps(stored.to_json()))))
+
+
 def _raised(error: Exception) -> str:
     return f"raises {type(error).__name__}: {error}"
 
@@ -364,7 +369,7 @@ def _replay_elsewhere(trial: _Trial, whole: _End) -> None:
 def _replay_here() -> None:
     workflow, args, codec, document = pickle.load(sys.stdin.buffer)  # noqa: S301 - from our parent
     out, sys.stdout = sys.stdout.buffer, sys.stderr
-    run = Replay(_NAME, _NAME, codec=codec, history=History.of(document))
+    run = Replay(_NAME, _NAME, codec=codec, history=_read_back(document))
     try:
         outcome = f"returns {_output(run, workflow, args)}"
     except Exception as error:

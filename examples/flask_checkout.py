@@ -59,11 +59,12 @@ def pause(error: Exception, attempt: int) -> float | None:
 
 @durable.workflow(version=1, backoff=pause)
 def checkout(step: Step, item: str, quantity: int) -> dict[str, Any]:
-    """Charge the card, create the order, send the receipt."""
+    """Charge the card, create the order, send the receipt, pack each item."""
     cents = PRICES[item] * quantity
     payment = step("charge-card", charge_card, cents, step.idempotency_key("charge-card"))
     number = step.transaction("create-order", create_order, item, quantity, payment)
     step("send-receipt", send_receipt, number)
+    step.map("pack", lambda nr: pack(number, nr), range(1, quantity + 1))
     return {"number": number, "item": item, "quantity": quantity, "cents": cents}
 
 
@@ -85,6 +86,11 @@ def create_order(conn: Any, item: str, quantity: int, payment: str) -> int:
 def send_receipt(number: int) -> None:
     """Stand in for an e-mail."""
     app.logger.info("receipt for order %s", number)
+
+
+def pack(number: int, nr: int) -> str:
+    """Stand in for whoever packs the parcels of an order, several at once."""
+    return f"parcel {nr} of order {number}"
 
 
 @app.post("/checkouts/<uuid:id>")
@@ -126,8 +132,10 @@ def status(id: UUID) -> ResponseReturnValue:
     run = durable.get(f"checkout:{id}")
     if run is None:
         return render_template_string(PAGE, id=id, state="unknown"), 404
-    longest = max((step.seconds for step in run.steps), default=0) or 1
-    return render_template_string(PAGE, id=id, state=run.state, run=run, longest=longest)
+    steps = [step for step in run.steps if not (step.map and step.ok)]  # those are in run.maps
+    longest = max((step.seconds for step in steps), default=0) or 1
+    context = {"id": id, "state": run.state, "run": run, "steps": steps, "longest": longest}
+    return render_template_string(PAGE, **context)
 
 
 @app.get("/health")
@@ -191,6 +199,7 @@ PAGE = """<!doctype html>
   i { display: block; height: .6rem; margin-top: .45rem; border-radius: 2px; min-width: 2px;
       background: var(--bar); }
   .failed i { background: #c53030; }
+  progress { width: 100%; accent-color: var(--bar); }
   code { display: block; font-size: .8125rem; color: var(--quiet); }
   .failure { padding: .75rem 1rem; border-left: 4px solid #c53030; background: #c530301a; }
   footer { margin-top: 1.5rem; color: var(--quiet); font-size: .875rem; }
@@ -205,7 +214,7 @@ PAGE = """<!doctype html>
 {% endwith %}
 {% if run.error %}<p class="failure">{{ run.error }}</p>{% endif %}
 <table>
-{% for step in run.steps %}
+{% for step in steps %}
   <tr{% if not step.ok %} class="failed"{% endif %}>
     <td>{{ step.key }}</td>
     <td><i style="width: {{ 100 * step.seconds / longest }}%"></i>
@@ -214,6 +223,11 @@ PAGE = """<!doctype html>
     <td>{% if step.duration %}{{ "%.2f"|format(1000 * step.duration) }} ms{% endif %}</td>
   </tr>
 {% else %}<tr><td>Nothing has run yet.</td></tr>
+{% endfor %}
+{% for key, (done, of) in run.maps.items() %}
+  <tr><td>{{ key }}</td>
+    <td><progress value="{{ done }}" max="{{ of }}"></progress></td>
+    <td>{{ done }} of {{ of }}</td></tr>
 {% endfor %}
 </table>
 <footer>last written {{ run.updated_at.strftime("%Y-%m-%d %H:%M:%S UTC") }}</footer>

@@ -288,6 +288,14 @@ def test_the_checkout_survives_a_crash_everywhere(shop: Any) -> None:
         assert ("create-order" in charged) is (amount == shop.LIMIT)
 
 
+def test_the_quickstart_survives_a_crash_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only after its second step."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    example = importlib.import_module("quickstart")
+    ran = crash_everywhere(example.checkout, "ada")
+    assert ran.keys() == {"reserve-stock", "charge-card", "create-order", "send-receipt"}
+
+
 def test_the_transfer_survives_a_crash_everywhere(
     db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -17,14 +18,16 @@ import urllib.request
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import psycopg
 import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import SnapshotStore
+from awaitly_postgres.testing import crash_everywhere, drain, pass_time
 from tests.chromium import chromium
 from tests.support import EXAMPLES, eventually
 
@@ -102,6 +105,17 @@ def shop(site: SimpleNamespace, db: psycopg.Connection) -> Iterator[str]:
     tables = "awaitly_snapshots, awaitly_snapshots_steps, awaitly_workflow_lock"
     db.execute(f"TRUNCATE shop_orders, {tables}")
     assert "Traceback" not in "".join(site.log), "".join(site.log)
+
+
+@pytest.fixture
+def example(url: str, shop: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The example in this process, on the same database."""
+    monkeypatch.setenv("DATABASE_URL", url)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    module = importlib.import_module("flask_checkout")
+    yield module
+    module.store.close()
+    del sys.modules["flask_checkout"]
 
 
 @pytest.fixture
@@ -221,39 +235,32 @@ def test_a_declined_card_is_final_after_one_try(
     assert orders(db) == 0
 
 
-LOST = """
-import os
-import psycopg
-import flask_checkout as shop
-
-def lose(cents, key):
-    raise ConnectionError("the provider is away")
-
-charge, shop.charge_card = shop.charge_card, lose
-shop.durable.submit("checkout:1", shop.checkout, "tea", 2)
-(outcome,) = shop.durable.resume_pending()
-assert outcome.retry_at is not None
-with psycopg.connect(os.environ['DATABASE_URL']) as db:
-    db.execute("UPDATE awaitly_snapshots SET snapshot = snapshot #- '{metadata,wakeAt}'")
-shop.charge_card = charge
-print(*[outcome.status for outcome in shop.durable.resume_pending()])
-"""
-
-
 def test_a_lost_connection_to_the_provider_is_tried_again(
-    url: str, shop: str, db: psycopg.Connection
+    example: ModuleType, db: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After a pause, by cron; the order is made once."""
-    done = subprocess.run(
-        [sys.executable, "-c", LOST],
-        cwd=EXAMPLES,
-        env={**os.environ, "DATABASE_URL": url},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert (done.stdout, done.stderr) == ("completed\n", "")
+
+    def lose(cents: int, key: str) -> str:
+        raise ConnectionError("the provider is away")
+
+    example.durable.submit("checkout:1", example.checkout, "tea", 2)
+    with monkeypatch.context() as away:
+        away.setattr(example, "charge_card", lose)
+        (outcome,) = drain(example.durable)
+    assert outcome.retry_at is not None
+    pass_time(example.durable, timedelta(seconds=10))
+    assert [outcome.status for outcome in drain(example.durable)] == ["completed"]
     assert orders(db) == 1
+
+
+def test_the_checkout_survives_a_crash_everywhere(
+    example: ModuleType, db: psycopg.Connection
+) -> None:
+    """The card is charged again with the same key, and the order is made once."""
+    ran = crash_everywhere(example.checkout, "tea", 2, conn=db)
+    assert ran.keys() == {"charge-card", "create-order", "pack[0]", "pack[1]", "send-receipt"}
+    assert crash_everywhere(example.checkout, "teapot", 100, conn=db).keys() == {"charge-card"}
+    assert orders(db) == 0
 
 
 def test_a_wrong_form_is_refused(shop: str, store: SnapshotStore) -> None:
@@ -287,6 +294,38 @@ def test_the_status_page_in_a_browser(
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+def test_the_status_page_has_a_progress_bar_for_the_map(
+    example: ModuleType, shop: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Half way it is half full; when the run has ended, full."""
+    gate = threading.Event()
+
+    def pack(number: int, nr: int) -> None:
+        assert nr <= 3 or gate.wait(60)
+
+    monkeypatch.setattr(example, "pack", pack)
+    id, durable = uuid.uuid4(), example.durable
+    durable.submit(f"checkout:{id}", example.checkout, "tea", 6)
+    with ThreadPoolExecutor() as pool, chromium() as page:
+        worker = pool.submit(drain, durable)
+        try:
+            run = lambda: durable.get(f"checkout:{id}")  # noqa: E731
+            eventually(lambda: run().maps == {"pack": (3, 6)}, "three of six")
+            page.open(f"{shop}/checkouts/{id}")
+            page.screenshot(tmp_path / "half.png")
+            assert page.evaluate("document.querySelector('progress').position") == 0.5
+            text = page.evaluate("document.body.innerText")
+            assert "3 of 6" in text
+            assert "pack[" not in text
+        finally:
+            gate.set()
+        assert [outcome.status for outcome in worker.result()] == ["completed"]
+        page.open(f"{shop}/checkouts/{id}")
+        page.screenshot(tmp_path / "whole.png")
+        assert page.evaluate("document.querySelector('progress').position") == 1
+        assert page.evaluate("document.querySelector('meta[http-equiv]')") is None
+
+
 def test_the_status_page_has_what_was_ordered_and_each_step(shop: str) -> None:
     """In a state, with the time that each took; no longer refreshed when the run has ended."""
     checkout = f"{shop}/checkouts/{uuid.uuid4()}"
@@ -299,6 +338,7 @@ def test_the_status_page_has_what_was_ordered_and_each_step(shop: str) -> None:
         "charge-card",
         "create-order",
         "send-receipt",
+        "pack",
     ]
     assert len(re.findall(r"<td>\d+\.\d\d ms</td>", page)) == 3
 

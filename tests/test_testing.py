@@ -38,6 +38,16 @@ def test_bodies_may_return_anything_and_each_run_is_counted() -> None:
     assert crash_everywhere(order, id="123") == {"start": 8, "token": 8}
 
 
+def test_the_keys_of_a_result_have_their_order_in_every_run() -> None:
+    """That of JSONB, which a run that was not interrupted returns them in as well."""
+
+    def work(step: Step) -> str:
+        made = step("make", lambda: {"order": {"b": 1, "a": 2}, "item": "tea"})
+        return str([made, step("next", str)])
+
+    assert crash_everywhere(work).keys() == {"make", "next"}
+
+
 def test_a_clock_between_the_steps_is_found() -> None:
     """The message names the place of the crash."""
 

@@ -10,6 +10,7 @@ import sys
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,19 +172,58 @@ def test_one_workflow_is_shown_with_all_that_is_stored(shop: SimpleNamespace, ad
 
 
 def test_of_a_long_run_the_telling_steps_are_shown(shop: SimpleNamespace, admin: Any) -> None:
-    """Of 3,000 steps those at both ends and the failed one, with how many are left out between."""
-    steps: dict[str, Any] = {f"step-{i:04}": {"ok": True, "value": i} for i in range(3000)}
+    """Of 10,000 steps those at both ends and the failed one, with how many are left out between."""
+    steps: dict[str, Any] = {f"step-{i:04}": {"ok": True, "value": i} for i in range(10_000)}
     steps["step-1500"] = {"ok": False, "error": "NOT_FOUND", "cause": None}
     execution = {"status": "running", "lastUpdated": "2026-01-01T00:00:00.000Z"}
     document = {"formatVersion": 1, "steps": steps, "execution": execution}
     shop.workflows.durable.store.save("long", document)
     html = admin.get("/admin/awaitly/workflow/long/change/").content.decode()
     shown = set(re.findall(r'class="key" title="(.*?)"', html))
-    assert {"step-0000", "step-1500", "step-2999"} <= shown
+    assert {"step-0000", "step-1500", "step-9999"} <= shown
     assert len(shown) < 60
     hidden = [int(n) for n in re.findall(r">(\d+) more<", html)]
-    assert sum(hidden) + len(shown) == 3000
+    assert sum(hidden) + len(shown) == 10_000
     assert "<p>&quot;NOT_FOUND&quot;</p>" in html
+    assert len(html) < 50_000
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_long_map_is_one_entry_and_its_last_failures(
+    shop: SimpleNamespace, admin: Any, fails: bool
+) -> None:
+    """Of 10,000 items, however many of them have failed."""
+    durable = Durable(shop.workflows.durable.store)
+
+    def resize(nr: int) -> str:
+        if fails and nr % 2:
+            raise ValueError(f"number {nr}")
+        return "x" * 100
+
+    with suppress(ValueError):
+        durable.run("long", lambda step: len(step.map("resize", resize, range(10_000))))
+    html = admin.get("/admin/awaitly/workflow/long/change/").content.decode()
+    shown = re.findall(r'class="key" title="(.*?)"', html)
+    assert ("resize 5000/10000" if fails else "resize 10000/10000") in shown
+    assert "resize[9999]" in shown or not fails
+    assert len(shown) < (60 if fails else 2)
+    assert "<h2>10000 steps</h2>" in html
+    assert len(html) < 50_000
+
+
+def test_a_running_workflow_has_a_current_step(shop: SimpleNamespace, admin: Any) -> None:
+    """The one after the last recorded, whose key nobody knows yet."""
+    durable = Durable(shop.workflows.durable.store)
+
+    def page() -> str:
+        html = admin.get("/admin/awaitly/workflow/here/change/").content.decode()
+        (text,) = re.findall(r"<dt>Current step</dt><dd>(.*?)</dd>", html)
+        return text
+
+    def work(step: Step) -> list[str]:
+        return [step("one", page), step("two", page)]
+
+    assert durable.run("here", work) == ["the first", "the one after one"]
 
 
 def test_an_id_that_is_none_here_has_a_page_all_the_same(shop: SimpleNamespace, admin: Any) -> None:
@@ -525,7 +565,9 @@ def test_a_map_has_a_progress_bar(
                 page.open(address + path, **session)
                 page.screenshot(tmp_path / f"{name}.png")
                 assert page.evaluate("document.querySelector('progress').position") == 0.6
-            assert "pack 3/5" in page.evaluate("document.body.innerText").replace("  ", " ")
+            text = page.evaluate("document.body.innerText")
+            assert "Current step\npack 3/5" in text
+            assert text.count("pack 3/5") == 2  # and in the timeline
     finally:
         gate.set()
         worker.join()

@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from types import SimpleNamespace
 
 import psycopg
@@ -332,6 +332,42 @@ def test_a_run_is_refused_inside_an_atomic_block(shop: SimpleNamespace, call: st
     assert durable.run("a", work) == str(Order.objects.get().pk)
 
 
+@pytest.mark.parametrize("commits", [True, False])
+def test_answers_and_cancellations_commit_or_roll_back_with_the_block(
+    shop: SimpleNamespace, commits: bool
+) -> None:
+    """Nobody else sees them before, and rolled back they can be made again."""
+    from django.db import transaction
+
+    durable = Durable(shop.workflows.durable.store)
+
+    @durable.workflow
+    def work(step: Step) -> object:
+        return step.wait("approval")
+
+    def seen() -> list[tuple[str, int]]:
+        columns = "snapshot->'metadata' ? 'cancelledAt', snapshot->'metadata' ? 'signals'"
+        return shop.db.execute(f"SELECT {columns} FROM awaitly_snapshots ORDER BY id").fetchall()
+
+    for id in ("answered", "cancelled"):
+        with pytest.raises(Exception, match="suspended"):
+            durable.run(id, work)
+    before = seen()
+    assert before == [(False, False)] * 2
+    with suppress(ZeroDivisionError), transaction.atomic():
+        assert durable.signal("answered", "approval", "yes")
+        assert durable.cancel("cancelled")
+        assert not durable.signal("answered", "approval", "no")
+        assert durable.get("cancelled").state == "cancelled"
+        assert seen() == before
+        if not commits:
+            raise ZeroDivisionError
+    assert seen() == ([(False, True), (True, False)] if commits else before)
+    assert durable.signal("answered", "approval", "again") is not commits
+    assert durable.cancel("cancelled") is not commits
+    assert durable.resume("answered") == ("yes" if commits else "again")
+
+
 @pytest.mark.parametrize("caught", [False, True])
 def test_a_transaction_that_the_step_marked_for_rollback_is_a_failure(
     shop: SimpleNamespace, caught: bool
@@ -423,7 +459,7 @@ def test_a_store_used_before_the_tests_moves_to_their_database(
     from awaitly_postgres.contrib.django import store
 
     alias(monkeypatch, "moving")
-    with store("moving", min_size=0) as made:
+    with store("moving", min_size=0, max_size=1) as made:  # one: a slow server would get another
         before = made._db.rows(b"SELECT current_database()::text, pg_backend_pid()", {})
         assert made._db.rows(b"SELECT current_database()::text, pg_backend_pid()", {}) == before
         monkeypatch.setattr(mail, "outbox", [], raising=False)

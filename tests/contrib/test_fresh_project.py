@@ -29,6 +29,7 @@ DATABASES["default"]["ATOMIC_REQUESTS"] = True
 """
 
 MORE_TESTS = """
+from django.contrib.auth import get_user_model
 from django.core.management import call_command
 from django.db import connections, transaction
 from django.http import HttpResponse
@@ -166,6 +167,77 @@ class TwoDatabases(TransactionTestCase):
         self.assertEqual(plain.get("x").state, "pending")
         with transaction.atomic(using="reports"), self.assertRaises(RuntimeError):
             plain.resume("x")  # what its steps write there would be rolled back
+
+    def test_every_conn_of_the_wrong_database_is_refused(self):
+        for using, other in (("default", "reports"), ("reports", "default")):
+            durable = Durable(store(using))
+            durable.workflow(remember)
+            durable.submit("x", remember, "a")
+            snapshot, conn = durable.store.load("x"), connection(other)
+            for call in (
+                lambda: durable.submit("y", remember, "a", conn=conn),
+                lambda: durable.submit_many(remember, {"y": ("a",)}, conn=conn),
+                lambda: durable.signal("x", "key", 1, conn=conn),
+                lambda: durable.cancel("x", conn=conn),
+                lambda: durable.get("x", conn=conn),
+                lambda: durable.store.save("x", snapshot, conn=conn),
+                lambda: durable.store.load("x", conn=conn),
+                lambda: durable.store.delete("x", conn=conn),
+                lambda: durable.store.details(["x"], conn=conn),
+            ):
+                with self.assertRaisesMessage(ValueError, f"pass connection({using!r})"):
+                    call()
+            self.assertEqual([run.state for run in durable.list()], ["pending"])
+            durable.delete_state("x")
+
+    def test_a_block_of_one_database_is_not_one_of_the_other(self):
+        for using, other in (("default", "reports"), ("reports", "default")):
+            durable = Durable(store(using))
+            durable.workflow(remember)
+            for opened, kept in ((using, set()), (other, {"s", "m"})):
+                durable.submit("c", remember, "a")
+                with transaction.atomic(using=opened):
+                    self.assertTrue(durable.submit("s", remember, "a"))
+                    self.assertEqual(durable.submit_many(remember, {"m": ("a",)}), ["m"])
+                    self.assertTrue(durable.cancel("c"))
+                    self.assertTrue(durable.signal("s", "key", 1))
+                    self.assertEqual(durable.get("s").state, "pending")
+                    transaction.set_rollback(True, using=opened)
+                self.assertEqual({run.id for run in durable.list()}, {"c", *kept})
+                self.assertEqual(durable.get("c").state, "cancelled" if kept else "pending")
+                durable.clear_state()
+
+    def test_tasks_are_kept_where_the_options_say(self):
+        backend = {"BACKEND": "awaitly_postgres.contrib.django.tasks.Backend"}
+        with override_settings(TASKS={"default": {**backend, "OPTIONS": {"database": "reports"}}}):
+            for opened, count in (("reports", 0), ("default", 1)):
+                with transaction.atomic(using=opened):
+                    ship.enqueue("1")
+                    transaction.set_rollback(True, using=opened)
+                self.assertEqual(len(Durable(store("reports")).list()), count)
+        self.assertEqual(durable.list(), [])
+
+    def test_the_admin_goes_where_the_router_says(self):
+        reports = Durable(store("reports"))
+        reports.workflow(remember)
+        for durable in (plain, reports):
+            durable.submit("x", remember, "a")
+        self.client.force_login(get_user_model().objects.create_superuser("admin"))
+        with override_settings(DATABASE_ROUTERS=[f"{__name__}.Router"]):
+            self.assertContains(self.client.get("/admin/awaitly/workflow/"), "pending")
+            page = "/admin/awaitly/workflow/x/change/"
+            self.assertContains(self.client.get(page), "remember")
+            with transaction.atomic():  # as ATOMIC_REQUESTS has it
+                done = self.client.post(page, {"act": "cancel"}, follow=True)
+            self.assertContains(done, "Cancelled.")
+        self.assertEqual([plain.get("x").state, reports.get("x").state], ["pending", "cancelled"])
+
+
+class Router:
+    def db_for_read(self, model, **hints):
+        return "reports" if model._meta.app_label == "awaitly" else None
+
+    db_for_write = db_for_read
 """
 
 PYTEST = """

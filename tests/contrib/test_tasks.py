@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from awaitly_postgres import Durable
+from awaitly_postgres.testing import pass_time
 from tests.contrib.project import alias, manage
 
 BACKEND = "awaitly_postgres.contrib.django.tasks.Backend"
@@ -221,6 +222,7 @@ def test_values_are_returned_as_json_has_them(tasks: Any) -> None:
         ("fail", ["no luck"], ValueError, "ValueError: no luck\n"),
         ("leave", [], SystemExit, "SystemExit: no more\n"),
         ("unsupported", [], TypeError, "TypeError: Unsupported type: <class 'object'>\n"),
+        ("shapes", ["more"], TypeError, "takes 0 positional arguments but 1 was given\n"),
     ],
 )
 def test_a_task_that_raises_has_failed(
@@ -240,6 +242,52 @@ def test_a_task_that_raises_has_failed(
     assert result.started_at <= result.finished_at
     work()
     assert result.attempts == 1
+
+
+@pytest.mark.parametrize("kind", ["SystemExit", "CancelledError"])
+@pytest.mark.parametrize("where", ["step", "map", "transaction"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_step_that_would_end_the_process_fails_its_task(
+    tasks: Any, where: str, kind: str, workers: str
+) -> None:
+    """Its worker goes on with the other tasks, and the error is what was raised."""
+    tasks.left.clear()
+    result, other = tasks.leave_in.enqueue(where, kind), tasks.noop.enqueue()
+    work("--workers", workers)
+    assert (status(result), status(other)) == ("FAILED", "SUCCESSFUL")
+    (error,) = result.errors
+    assert error.exception_class.__name__ == kind
+    assert error.traceback.endswith(f"{kind}: no more\n")
+    assert result.attempts == 1
+    work(result.id)
+    assert (status(result), result.return_value, result.attempts) == ("SUCCESSFUL", "again", 2)
+
+
+@pytest.mark.parametrize("where", ["step", "map", "transaction"])
+def test_ctrl_c_ends_the_worker_and_not_the_task(tasks: Any, api: Any, where: str) -> None:
+    """It is ready again, and due after the pause of any run whose worker ended."""
+    tasks.left.clear()
+    result = tasks.leave_in.enqueue(where, "KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert (status(result), result.attempts, result.errors) == ("READY", 1, [])
+    pass_time(api.task_backends["default"].durable, timedelta(seconds=1))
+    work()
+    assert (status(result), result.attempts, result.errors) == ("SUCCESSFUL", 2, [])
+
+
+@pytest.mark.parametrize(("how", "code"), [("exit", 7), ("raise", 1), ("return", 1)])
+def test_a_child_that_a_task_forks_is_no_second_worker(
+    tasks: Any, shop: SimpleNamespace, how: str, code: int
+) -> None:
+    """It ends where it leaves the task or the step, and writes nothing for either."""
+    result, others = tasks.fork.enqueue(how), [tasks.noop.enqueue() for _ in range(3)]
+    done = manage(shop.url, "resume_workflows", **SETTINGS)
+    assert done.returncode == 0, done.stderr
+    assert status(result) == "SUCCESSFUL"
+    assert result.return_value == [code, code]
+    assert (result.attempts, result.errors) == (1, [])
+    assert len({*result.worker_ids, *(w for o in others if status(o) for w in o.worker_ids)}) == 1
 
 
 def test_a_task_is_tried_as_often_as_the_options_say(tasks: Any) -> None:

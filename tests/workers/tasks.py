@@ -1,7 +1,10 @@
 """Tasks for the tests of the backend."""
 
+import builtins
 import os
 import signal
+import sys
+from asyncio import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +54,46 @@ def fail(message: str) -> None:
 def leave() -> None:
     """Do what a task must not do to its worker."""
     raise SystemExit("no more")
+
+
+@task
+def leave_in(where: str, kind: str) -> str:
+    """Do that in a step: what is raised there is no ``Exception``."""
+
+    def leave(*args: object) -> None:
+        raise getattr(builtins, kind, CancelledError)("no more")
+
+    def again(*args: object) -> str:
+        return "again"
+
+    body = leave if where not in left else again
+    left.append(where)
+    if where == "map":
+        return step().map("leave", body, ["a"])[0]
+    return {"step": step(), "transaction": step().transaction}[where]("leave", body)
+
+
+left: list[str] = []  # where `leave_in` has been left
+
+
+@task
+def fork(how: str) -> list[object]:
+    """Have a child that leaves by itself; return its exit status, and what a step returned."""
+
+    def child() -> int:
+        if pid := os.fork():
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # its traceback
+        if how == "exit":
+            sys.exit(7)
+        if how == "raise":
+            raise ValueError("in the child")
+        return -1
+
+    in_task = child()
+    if in_task == -1:
+        return []
+    return [in_task, step()("child", child)]
 
 
 @task

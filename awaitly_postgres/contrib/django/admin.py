@@ -79,8 +79,8 @@ class _StateFilter(admin.SimpleListFilter):
 
 # -- what can be done ------------------------------------------------------------------------
 #
-# Each returns what to log, or None if there was nothing to do. They go through the store's own
-# pool, so that they are done whatever becomes of the request.
+# Each returns what to log, or None if there was nothing to do. With ATOMIC_REQUESTS, cancelling and
+# answering are part of the request's transaction, as the log is; the others have their own.
 
 
 def _retry(durable: Durable, id: str, posted: Any) -> str | None:

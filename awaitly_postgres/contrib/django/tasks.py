@@ -19,11 +19,13 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from asyncio import CancelledError
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from datetime import datetime, timezone
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from typing import Any
 
 from django.apps import apps
@@ -234,21 +236,26 @@ class Backend(BaseTaskBackend):
         object.__setattr__(result, "status", TaskResultStatus.RUNNING)
         task_started.send(type(self), task_result=result)
         context = [TaskContext(task_result=result)] if result.task.takes_context else []
-        token = _step.set(step)
+        pid, token = os.getpid(), _step.set(_StepOfTask(step))
         try:
-            return normalize_json(result.task.call(*context, *args, **kwargs))
-        except (Exception, SystemExit) as error:
-            noted = _task_error(error)
-            self.durable.signal(
-                id,
-                _ERROR + number,
-                {"exception_class_path": noted.exception_class_path, "traceback": noted.traceback},
-            )
-            if isinstance(error, SystemExit):  # a task that exits must not end its worker
-                raise RuntimeError(f"the task called sys.exit({error.code!r})") from error
+            return normalize_json(_contained(result.task.call)(*context, *args, **kwargs))
+        except Exception as error:
+            if os.getpid() == pid:
+                left = error.__cause__ if isinstance(error, _Left) else None
+                noted = _task_error(left or error)
+                self.durable.signal(
+                    id,
+                    _ERROR + number,
+                    {
+                        "exception_class_path": noted.exception_class_path,
+                        "traceback": noted.traceback,
+                    },
+                )
             raise
         finally:
             _step.reset(token)
+            if os.getpid() != pid:
+                _end_forked_child()
 
     def _tell(self, event: Event) -> None:
         """Send ``task_finished`` once the end is recorded."""
@@ -264,6 +271,54 @@ class Backend(BaseTaskBackend):
             run_after=_read(info.metadata.get("run_after")),
             backend=self.alias,
         )
+
+
+class _Left(Exception):
+    """A task, or one of its steps, was left as only a whole process is: by ``sys.exit()``."""
+
+
+class _StepOfTask(Step):
+    """A `Step` in which ``sys.exit()`` is a failure of the step, as it is one of a task.
+
+    `Step` itself has it end the process. That would leave the task unfinished, and every worker
+    that takes it up would end as well.
+    """
+
+    def __init__(self, step: Step) -> None:
+        vars(self).update(vars(step))
+
+    def __call__(self, key: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(key, _contained(fn), *args, **kwargs)
+
+    def map(self, key: str, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return super().map(key, _contained(fn), *args, **kwargs)
+
+    def transaction(self, key: str, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        return super().transaction(key, _contained(fn), *args, **kwargs)
+
+
+def _contained(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``fn`` with what must not end the worker made an ordinary exception."""
+
+    @wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        pid = os.getpid()
+        try:
+            return fn(*args, **kwargs)
+        except (SystemExit, CancelledError) as error:
+            if os.getpid() != pid:  # a forked child may exit
+                raise
+            raise _Left(f"the task was left by {error!r}") from error
+
+    return call
+
+
+def _end_forked_child() -> None:
+    """End a child that the task has forked and let go on: it must not become a second worker."""
+    error = sys.exc_info()[1]
+    if not isinstance(error, SystemExit):
+        traceback.print_exc()
+        raise SystemExit(1)
 
 
 def _now() -> str:
