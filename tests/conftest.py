@@ -56,6 +56,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Have the processes that tests start compile the package once, wherever that is forbidden."""
+    if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+        folder = tempfile.TemporaryDirectory(prefix="awaitly-tests-pycache-")
+        os.environ["PYTHONPYCACHEPREFIX"] = folder.name
+        config.add_cleanup(folder.cleanup)
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Run two workers a processor: tests spend half of their time waiting for leases to end."""
     return 2 * (os.cpu_count() or 1)

@@ -347,7 +347,7 @@ def take_all(store: SnapshotStore, size: int) -> None:
 def test_a_lock_interrupted_anywhere_is_given_back(
     make_store: Callable[..., SnapshotStore], db: DB
 ) -> None:
-    """At the entry of every fifth function on its way, and the connection is back in the pool."""
+    """At the entry of every eleventh function on its way; the connection is back in the pool."""
     store = make_store(max_size=1)
     store.try_acquire("warm").release()
 
@@ -355,7 +355,7 @@ def test_a_lock_interrupted_anywhere_is_given_back(
         with store.lock(f"id-{nr}"):
             pass
 
-    for _ in at_each_call(lock, every=5):
+    for _ in at_each_call(lock, every=11):
         assert leases(db) == []
         take_all(store, 1)
 
