@@ -10,10 +10,12 @@ import gc
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import Durable, SnapshotStore, embedded, postgres
-from tests.support import HERE, Proxy, distribute
+from tests.support import HERE, Proxy, SlowBackend, distribute
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,6 +56,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if any(item.path.is_relative_to(place) for place in places)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C interrupt, here and in what tests start: a shell's ``&`` has it ignored by all."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -151,6 +158,29 @@ def db(url: str) -> Iterator[psycopg.Connection]:
     """A plain connection to look at what is stored."""
     with psycopg.connect(url, autocommit=True) as conn:
         yield conn
+
+
+@pytest.fixture
+def slow_backend(
+    make_store: Callable[..., SnapshotStore], db: psycopg.Connection
+) -> Iterator[SlowBackend]:
+    """A store with one connection, whose backend can be stopped; it is awake at the end."""
+    backend = SlowBackend(make_store(max_size=1), db)
+    yield backend
+    backend.wake()
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set this process's clock back by a day; the server's stays right."""
+
+    class Yesterday(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) - timedelta(days=1)
+
+    for module in ("snapshot", "workflow.run", "durable.submitting"):
+        monkeypatch.setattr(f"awaitly_postgres.{module}.datetime", Yesterday)
 
 
 @pytest.fixture
