@@ -40,7 +40,7 @@ from .workflow.event import Event
 from .workflow.step import Step
 from .workflow.workflow import Workflow
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AlreadyRunning",

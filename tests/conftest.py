@@ -10,10 +10,12 @@ import gc
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from awaitly_postgres import Durable, SnapshotStore, embedded, postgres
-from tests.support import HERE, Proxy, distribute
+from tests.support import HERE, Proxy, SlowBackend, distribute
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,7 +59,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Have the processes that tests start compile the package once, wherever that is forbidden."""
+    # A shell's ``&`` has Ctrl-C ignored, here and by all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The processes that tests start compile the package once, where it must not be done in place.
     if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
         folder = tempfile.TemporaryDirectory(prefix="awaitly-tests-pycache-")
         os.environ["PYTHONPYCACHEPREFIX"] = folder.name
@@ -164,6 +168,29 @@ def db(url: str) -> Iterator[psycopg.Connection]:
     """A plain connection to look at what is stored."""
     with psycopg.connect(url, autocommit=True) as conn:
         yield conn
+
+
+@pytest.fixture
+def slow_backend(
+    make_store: Callable[..., SnapshotStore], db: psycopg.Connection
+) -> Iterator[SlowBackend]:
+    """A store with one connection, whose backend can be stopped; it is awake at the end."""
+    backend = SlowBackend(make_store(max_size=1), db)
+    yield backend
+    backend.wake()
+
+
+@pytest.fixture
+def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set this process's clock back by a day; the server's stays right."""
+
+    class Yesterday(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) - timedelta(days=1)
+
+    for module in ("snapshot", "workflow.run", "durable.submitting"):
+        monkeypatch.setattr(f"awaitly_postgres.{module}.datetime", Yesterday)
 
 
 @pytest.fixture

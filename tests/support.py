@@ -14,14 +14,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psycopg
+from attrs import define, field
 from psycopg.conninfo import make_conninfo
 
-from awaitly_postgres import SnapshotStore, postgres
+from awaitly_postgres import Durable, SnapshotStore, postgres
 
 DB = psycopg.Connection
+T = TypeVar("T")
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 DATA, WORKERS, EXAMPLES = HERE / "data", HERE / "workers", ROOT / "examples"
@@ -42,6 +44,19 @@ def wait_until(db: DB, moment: datetime) -> None:
     """Return when the server's clock has passed ``moment``."""
     while db.execute("SELECT clock_timestamp() <= %s", (moment,)).fetchone()[0]:
         db.execute("SELECT pg_sleep(0.02)")
+
+
+# -- forks ---------------------------------------------------------------------------------
+
+
+def run_in_the_parent(durable: Durable, id: str, fn: Callable[..., T]) -> T:
+    """Run a workflow that forks; children that come out of it end here."""
+    parent = os.getpid()
+    try:
+        return durable.run(id, fn)
+    finally:
+        if os.getpid() != parent:
+            os._exit(0)
 
 
 # -- interrupts ----------------------------------------------------------------------------
@@ -91,28 +106,35 @@ def restore(db: DB, photo: dict[str, list[str]]) -> None:
 # -- a backend that is slow ----------------------------------------------------------------
 
 
-def stop_the_backend(store: SnapshotStore) -> int:
-    """Stop it, and have its connection cut when the next statement has been sent to it."""
-    conn = next(iter(store._db.pool.opened()._pool))
-    pid, descriptor = conn.info.backend_pid, conn.fileno()
-    os.kill(pid, signal.SIGSTOP)
+@define
+class SlowBackend:
+    """The server's side of a store with one connection: stopped, it does what it was sent later."""
 
-    def cut() -> None:
-        threading.Event().wait(0.3)  # for the statement to be on its way
-        shut_down(descriptor)
+    store: SnapshotStore
+    db: DB
+    stopped: list[int] = field(factory=list)
 
-    threading.Thread(target=cut).start()
-    return int(pid)
+    def stop(self) -> None:
+        """Stop it, and have its connection cut when the next statement has been sent to it."""
+        conn = next(iter(self.store._db.pool.opened()._pool))
+        pid, descriptor = conn.info.backend_pid, conn.fileno()
+        os.kill(pid, signal.SIGSTOP)
+        self.stopped.append(pid)
 
+        def cut() -> None:
+            threading.Event().wait(0.3)  # for the statement to be on its way
+            shut_down(descriptor)
 
-def wake(stopped: list[int], db: DB) -> None:
-    """Let the backends go on, and wait until they have done what they were sent and are gone."""
-    gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
-    for pid in stopped:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGCONT)
-    while db.execute(gone, (stopped,)).fetchone()[0]:
-        db.execute("SELECT pg_sleep(0.01)")
+        threading.Thread(target=cut).start()
+
+    def wake(self) -> None:
+        """Let those that were stopped go on, and wait until they have done it and are gone."""
+        gone = "SELECT count(*) FROM pg_stat_activity WHERE pid = ANY(%s)"
+        for pid in self.stopped:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+        while self.db.execute(gone, (self.stopped,)).fetchone()[0]:
+            self.db.execute("SELECT pg_sleep(0.01)")
 
 
 def shut_down(descriptor: int) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 
@@ -78,19 +77,6 @@ def work() -> Work:
 def background() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor() as pool:
         yield pool
-
-
-@pytest.fixture
-def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set this process's clock back by a day; the server's stays right."""
-
-    class Yesterday(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) - timedelta(days=1)
-
-    for module in ("snapshot", "workflow.run"):
-        monkeypatch.setattr(f"awaitly_postgres.{module}.datetime", Yesterday)
 
 
 def steps(work: Work, keys: str) -> Callable[[Step], list[str]]:

@@ -25,11 +25,10 @@ from awaitly_postgres.durable.group import MOST
 from tests.support import (
     Loss,
     Proxy,
+    SlowBackend,
     TimeLimit,
     eventually,
     photograph,
-    stop_the_backend,
-    wake,
 )
 
 DB = psycopg.Connection
@@ -159,13 +158,11 @@ def test_a_group_survives_the_loss_of_any_request_or_reply(
 @SIZES
 @pytest.mark.parametrize("more", [0, 3])
 def test_a_group_that_arrives_late_changes_nothing(
-    make_store: Callable[..., SnapshotStore], db: DB, size: int, more: int
+    slow_backend: SlowBackend, db: DB, size: int, more: int
 ) -> None:
     """Its backend was stopped; the retry has landed, and the run has gone on or ended, by then."""
-    store = make_store(max_size=1)
-    durable = Durable(store)
-    stopped: list[int] = []
-    together = threading.Barrier(6, lambda: stopped.append(stop_the_backend(store)))
+    durable = Durable(slow_backend.store)
+    together = threading.Barrier(6, slow_backend.stop)
 
     def act(nr: int) -> str:
         together.wait(30)
@@ -179,12 +176,10 @@ def test_a_group_that_arrives_late_changes_nothing(
             step(f"{nr}", filler, 3 * size)
         return "done"
 
-    try:
-        assert durable.run("a", work) == "done"
-        before = photograph(db)
-    finally:
-        wake(stopped, db)
-    assert len(stopped) == 1
+    assert durable.run("a", work) == "done"
+    before = photograph(db)
+    slow_backend.wake()
+    assert len(slow_backend.stopped) == 1
     assert photograph(db) == before
     assert len(keys(durable)) == 8 + more
 

@@ -64,6 +64,29 @@ def make_payments(db: DB, *, slow_commit: bool = False) -> None:
         )
 
 
+@contextmanager
+def interrupted_in_commit(
+    db: DB, url: str, error: type[BaseException], first: Callable[[], object] = lambda: None
+) -> Iterator[None]:
+    """Raise ``error`` in this thread while a slow COMMIT waits; then open the gate."""
+
+    def interrupt_then_open(gate: DB) -> None:
+        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted"
+        while not db.execute(waiting).fetchone()[0]:
+            pass
+        first()
+        os.kill(os.getpid(), signal.SIGALRM)
+        db.execute("SELECT pg_sleep(0.1)")
+        gate.rollback()
+
+    with psycopg.connect(url) as gate, raising(error):
+        gate.execute("LOCK TABLE gate")
+        thread = threading.Thread(target=interrupt_then_open, args=(gate,))
+        thread.start()
+        yield
+        thread.join()
+
+
 def payments(db: DB) -> list[str]:
     return [id for (id,) in db.execute("SELECT id FROM payments ORDER BY 1").fetchall()]
 
@@ -107,21 +130,8 @@ def test_an_interrupt_during_the_commit_pays_once(
             paid = "caught"
         return [paid, step("after", str)]
 
-    def interrupt_then_open(gate: DB) -> None:
-        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted"
-        while not db.execute(waiting).fetchone()[0]:
-            pass
-        os.kill(os.getpid(), signal.SIGALRM)
-        db.execute("SELECT pg_sleep(0.1)")
-        gate.rollback()
-
-    with psycopg.connect(url) as gate, raising(error):
-        gate.execute("LOCK TABLE gate")
-        thread = threading.Thread(target=interrupt_then_open, args=(gate,))
-        thread.start()
-        with suppress(error):
-            durable.run("a", order)
-        thread.join()
+    with interrupted_in_commit(db, url, error), suppress(error):
+        durable.run("a", order)
     assert leases(db) == []
     paid, _ = durable.resume("a")
     assert payments(db) == (["a"] if paid == "paid a" else [])
@@ -147,22 +157,8 @@ def test_threads_record_nothing_while_a_commit_is_in_doubt(
             pool.submit(beside)
             return step.transaction("pay", pay, "a")
 
-    def interrupt(gate: DB) -> None:
-        waiting = "SELECT count(*) FROM pg_locks WHERE relation = 'gate'::regclass AND NOT granted"
-        while not db.execute(waiting).fetchone()[0]:
-            pass
-        committing.set()
-        os.kill(os.getpid(), signal.SIGALRM)
-        db.execute("SELECT pg_sleep(0.1)")
-        gate.rollback()
-
-    with psycopg.connect(url) as gate, raising(TimeLimit):
-        gate.execute("LOCK TABLE gate")
-        thread = threading.Thread(target=interrupt, args=(gate,))
-        thread.start()
-        with pytest.raises(TimeLimit):
-            durable.run("a", order)
-        thread.join()
+    with interrupted_in_commit(db, url, TimeLimit, committing.set), pytest.raises(TimeLimit):
+        durable.run("a", order)
     committing.set()
     assert set(durable.store.load("a").steps) == {"beside", "pay"}
     assert durable.resume("a") == "paid a"

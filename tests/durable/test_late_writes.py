@@ -12,7 +12,7 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, Workflow, WorkflowError
-from tests.support import photograph, restore, stop_the_backend, wake
+from tests.support import SlowBackend, photograph, restore
 
 DB = psycopg.Connection
 
@@ -28,16 +28,14 @@ def keys(durable: Durable, id: str = "a") -> list[str]:
 @pytest.mark.parametrize("size", [0, 5_000], ids=["rewritten", "appended"])
 @pytest.mark.parametrize("late", ["a step", "the end"])
 def test_a_write_that_its_backend_was_slow_to_do_changes_nothing(
-    make_store: Callable[..., SnapshotStore], db: DB, size: int, late: str
+    slow_backend: SlowBackend, db: DB, size: int, late: str
 ) -> None:
     """The backend is stopped, its connection cut; the retry lands, more is recorded, it wakes."""
-    store = make_store(max_size=1)
-    durable = Durable(store)
-    stopped: list[int] = []
+    durable = Durable(slow_backend.store)
 
     def stop() -> str:
-        stopped.append(stop_the_backend(store))
-        return "." * size
+        slow_backend.stop()
+        return filler(size)
 
     def work(step: Step) -> str:
         step("a", filler, size)
@@ -50,28 +48,24 @@ def test_a_write_that_its_backend_was_slow_to_do_changes_nothing(
             stop()
         return "done"
 
-    try:
-        assert durable.run("a", work) == "done"
-        before = photograph(db)
-    finally:
-        wake(stopped, db)
-    assert stopped
+    assert durable.run("a", work) == "done"
+    before = photograph(db)
+    slow_backend.wake()
+    assert slow_backend.stopped
     assert photograph(db) == before
     assert keys(durable) == (list("abcde") if late == "a step" else ["a", "b"])
     assert durable.run("a", work) == "done"
 
 
 def test_a_step_that_is_appended_late_does_not_follow_the_next_rewrite(
-    make_store: Callable[..., SnapshotStore], db: DB
+    slow_backend: SlowBackend, db: DB
 ) -> None:
     """The rewrite has folded the journal, and the end does not look into it again."""
-    store = make_store(max_size=1)
-    durable = Durable(store)
-    stopped: list[int] = []
+    durable = Durable(slow_backend.store)
 
     def stop() -> str:
-        stopped.append(stop_the_backend(store))
-        return "." * 5_000
+        slow_backend.stop()
+        return filler(5_000)
 
     def work(step: Step) -> str:
         step("a", filler, 9_000)  # rewrites all
@@ -79,13 +73,10 @@ def test_a_step_that_is_appended_late_does_not_follow_the_next_rewrite(
         step("c", stop)  # appended, late
         step("d", filler, 5_000)  # rewrites all
         assert photograph(db)["awaitly_snapshots_steps"] == []
-        wake(stopped, db)
+        slow_backend.wake()
         return "done"
 
-    try:
-        assert durable.run("a", work) == "done"
-    finally:
-        wake(stopped, db)
+    assert durable.run("a", work) == "done"
     assert keys(durable) == list("abcd")
     assert photograph(db)["awaitly_snapshots_steps"] == []
 

@@ -13,6 +13,7 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, SnapshotStore, Step, Workflow, WorkflowNotFound
+from tests.support import run_in_the_parent
 
 DB = psycopg.Connection
 
@@ -235,16 +236,7 @@ def test_a_child_forked_in_a_step_ends_nothing_of_its_parents(
         done += [step.transaction(f"tx {w}", pay, w) for w in ("return", "raise", "exit")]
         return [*done, step("last", str)]
 
-    parent = os.getpid()
-    try:
-        result = durable.run("a", work)
-    except BaseException:
-        if os.getpid() != parent:
-            os._exit(0)
-        raise
-    if os.getpid() != parent:
-        os._exit(1)
-    assert result == ["parent"] * 6 + [""]
+    assert run_in_the_parent(durable, "a", work) == ["parent"] * 6 + [""]
     assert db.execute("SELECT count(*) FROM payments").fetchone() == (3,)
     snapshot = durable.store.load("a")
     assert (snapshot.execution.status, len(snapshot.steps)) == ("completed", 7)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,21 @@ def test_a_process_killed_in_the_middle_of_a_rewind_loses_nothing(
     assert outcomes.keys() == {1, 4}
 
 
+@contextmanager
+def once_loaded(monkeypatch: pytest.MonkeyPatch, act: Callable[[str], bool]) -> Iterator[None]:
+    """Do this with the id of each run that has just been loaded."""
+    load = SnapshotStore.load
+
+    def load_and_act(store: SnapshotStore, id: str) -> Any:
+        found = load(store, id)
+        assert act(id)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SnapshotStore, "load", load_and_act)
+        yield
+
+
 @pytest.mark.parametrize("meanwhile", ["cancelled", "deleted"])
 def test_a_run_that_is_ended_while_it_is_rewound_is_not_revived(
     durable: Durable, db: DB, monkeypatch: pytest.MonkeyPatch, meanwhile: str
@@ -451,17 +467,9 @@ def test_a_run_that_is_ended_while_it_is_rewound_is_not_revived(
     """Between what was read and what is written: that changes nothing then."""
     orders = Orders(db)
     orders.bring_to(durable, "waiting")
-    load = SnapshotStore.load
-
-    def load_and_end(store: SnapshotStore, id: str) -> Any:
-        found = load(store, id)
-        assert durable.cancel(id) if meanwhile == "cancelled" else durable.delete_state(id)
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SnapshotStore, "load", load_and_end)
-        with pytest.raises(LeaseLost):
-            durable.rewind("a", "ship")
+    end = durable.cancel if meanwhile == "cancelled" else durable.delete_state
+    with once_loaded(monkeypatch, end), pytest.raises(LeaseLost):
+        durable.rewind("a", "ship")
     assert photograph(db)["awaitly_workflow_lock"] == []
     if meanwhile == "cancelled":
         assert recorded(durable) == ALL
@@ -477,13 +485,11 @@ def test_an_interrupt_gives_the_lease_back(
     orders = Orders(db)
     orders.bring_to(durable, "completed")
 
-    def interrupt(store: SnapshotStore, id: str) -> None:
+    def interrupt(id: str) -> bool:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SnapshotStore, "load", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            durable.rewind("a", "ship")
+    with once_loaded(monkeypatch, interrupt), pytest.raises(KeyboardInterrupt):
+        durable.rewind("a", "ship")
     assert photograph(db)["awaitly_workflow_lock"] == []
     assert durable.rewind("a", "ship") == ["ship"]
 
@@ -494,15 +500,7 @@ def test_a_signal_sent_during_a_rewind_is_kept(
     """It comes after the run was read, and belongs to a wait that is yet to come."""
     orders = Orders(db)
     orders.bring_to(durable, "waiting")
-    load = SnapshotStore.load
-
-    def load_and_signal(store: SnapshotStore, id: str) -> Any:
-        found = load(store, id)
-        assert durable.signal(id, "decision", "yes")
-        return found
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SnapshotStore, "load", load_and_signal)
+    with once_loaded(monkeypatch, lambda id: durable.signal(id, "decision", "yes")):
         durable.rewind("a", "ship")
     orders.end = "waiting"
     assert durable.resume("a") == "yes"

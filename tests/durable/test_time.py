@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from typing import Any
 
 import psycopg
@@ -69,17 +70,26 @@ def seconds_until(db: DB, name: str, id: str = "a") -> float:
     return float(db.execute(query, (name, id)).fetchone()[0])
 
 
-@pytest.fixture
-def slow_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set this process's clock back by a day; the server's stays right."""
+def at_start_of(key: str, act: Callable[[], object]) -> Callable[[Event], None]:
+    """An ``on_event`` that does this when a step or a wait starts."""
 
-    class Yesterday(datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> datetime:
-            return datetime.now(tz) - timedelta(days=1)
+    def on_event(event: Event) -> None:
+        if (event.type, event.key) == ("step_started", key):
+            act()
 
-    for module in ("snapshot", "workflow.run", "durable.submitting"):
-        monkeypatch.setattr(f"awaitly_postgres.{module}.datetime", Yesterday)
+    return on_event
+
+
+def hold_at(durable: Durable, key: str) -> tuple[threading.Event, threading.Event]:
+    """Hold runs where a step or a wait starts; return what tells so and what lets them go on."""
+    began, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        began.set()
+        assert gate.wait(30)
+
+    durable.on_event = at_start_of(key, hold)
+    return began, gate
 
 
 def ask(step: Step, timeout: float | None = 3600, size: int = 0) -> Any:
@@ -163,11 +173,10 @@ def test_a_timeout_that_was_recorded_is_decided(durable: Durable, db: DB) -> Non
     durable.resume_pending()
     let_it_come(db)
 
-    def die(event: Event) -> None:
-        if (event.type, event.key) == ("step_started", "after"):
-            raise KeyboardInterrupt
+    def die() -> None:
+        raise KeyboardInterrupt
 
-    durable.on_event = die
+    durable.on_event = at_start_of("after", die)
     with pytest.raises(KeyboardInterrupt):
         durable.resume("a")
     durable.on_event = None
@@ -371,14 +380,7 @@ def test_a_timeout_waits_for_the_signal_that_is_being_sent(
 ) -> None:
     """Uncommitted, it can be seen by nobody; if it is committed it was first."""
     durable.workflow(ask)
-    began, gate = threading.Event(), threading.Event()
-
-    def pause(event: Event) -> None:
-        if (event.type, event.key) == ("step_started", "answer"):
-            began.set()
-            assert gate.wait(30)
-
-    durable.on_event = pause
+    began, gate = hold_at(durable, "answer")
     with psycopg.connect(url) as other, ThreadPoolExecutor(1) as pool:
         run = pool.submit(durable.run, "a", ask, 0, size)
         assert began.wait(30)
@@ -401,15 +403,8 @@ def test_of_a_timeout_and_a_signal_that_wait_for_the_row_the_first_decides(
 ) -> None:
     """Somebody has locked it; when they let go, the second sees what the first has written."""
     durable.workflow(ask)
-    began, gate = threading.Event(), threading.Event()
     elsewhere = Durable(make_store())
-
-    def pause(event: Event) -> None:
-        if (event.type, event.key) == ("step_started", "answer"):
-            began.set()
-            assert gate.wait(30)
-
-    durable.on_event = pause
+    began, gate = hold_at(durable, "answer")
     with psycopg.connect(url) as blocker, ThreadPoolExecutor(2) as pool:
         run = pool.submit(durable.run, "a", ask, 0)
         assert began.wait(30)
@@ -438,15 +433,11 @@ def test_signals_and_timeouts_of_many_runs_agree(make_store: MakeStore) -> None:
         for nr in range(150):
             barrier = threading.Barrier(2)
 
-            def pause(event: Event, barrier: threading.Barrier = barrier) -> None:
-                if (event.type, event.key) == ("step_started", "answer"):
-                    barrier.wait(30)
-
             def answer(id: str, barrier: threading.Barrier = barrier) -> bool:
                 barrier.wait(30)
                 return elsewhere.signal(id, "answer", "yes")
 
-            durable.on_event = pause
+            durable.on_event = at_start_of("answer", partial(barrier.wait, 30))
             run = pool.submit(durable.run, f"{nr}", ask, 0, 3_000 * (nr % 2))
             taken = pool.submit(answer, f"{nr}").result(30)
             assert run.result(30) == ["yes" if taken else "nobody answered", ""]

@@ -14,7 +14,7 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, Event, SnapshotStore, Step, VersionMismatch
-from tests.support import Proxy
+from tests.support import Proxy, run_in_the_parent
 
 DB = psycopg.Connection
 
@@ -459,14 +459,7 @@ def test_a_child_forked_in_a_run_gives_nothing_up(durable: Durable, db: DB) -> N
         os.waitpid(pid, 0)
         return "done"
 
-    parent = os.getpid()
-    try:
-        result = durable.run("a", work)
-    except BaseException:
-        if os.getpid() != parent:
-            os._exit(0)
-        raise
-    assert result == "done"
+    assert run_in_the_parent(durable, "a", work) == "done"
     assert "gaveUpAt" not in metadata(db)
 
 
