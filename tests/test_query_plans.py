@@ -32,7 +32,8 @@ LOOKS = [
         lambda durable: durable.resume_pending(prefix="wf-"), id="resume_pending with a prefix"
     ),
     pytest.param(
-        lambda durable: durable._pending("", 100, ["job"], LONG_AGO), id="resume_pending, next page"
+        lambda durable: durable.store.pending(workflows=["job"], after=LONG_AGO),
+        id="resume_pending, next page",
     ),
     pytest.param(lambda durable: durable.check(), id="check"),
     pytest.param(lambda durable: durable.check("wf-"), id="check with a prefix"),
