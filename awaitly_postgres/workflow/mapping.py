@@ -124,18 +124,23 @@ class Threads:
         """
         try:
             _thread.start_new_thread(self._start, (name,))
-            with self._at_work:
-                pass
+            self._wait()
         except BaseException:
             with self._lock:
                 self._is_stopped = True
                 has_begun = self._has_begun
             if has_begun:
-                with self._at_work:
-                    pass
+                self._wait()
             raise
         if self._error is not None and next(self._todo, None) is not None:
             raise self._error
+
+    def _wait(self) -> None:
+        # In turns of a second: a signal that arrives just as this thread falls asleep does not wake
+        # it. The lock is not given back, so it is the count that says whether all have ended: an
+        # interrupt may strike after the lock was acquired, and the wait that follows must end too.
+        while self._count > 0 and not self._at_work.acquire(timeout=1):
+            pass
 
     def _start(self, name: str) -> None:
         with self._lock:

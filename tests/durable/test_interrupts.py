@@ -380,6 +380,7 @@ def test_a_run_interrupted_anywhere_pays_once(
     assert payments(db) == sorted(info.id for info in store.iter())
 
 
+@pytest.mark.usefixtures("cleared")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("function", ["putconn", "_reset_connection", "_add_to_pool"])
 def test_a_connection_struck_on_its_way_back_serves_the_release(
