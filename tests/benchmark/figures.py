@@ -23,6 +23,9 @@ class Figure:
         """The ratio, round by round: what disturbed the machine in a round disturbed both."""
         return Figure(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
+    def __sub__(self, other: Figure) -> Figure:
+        return Figure(a - b for a, b in zip(self.samples, other.samples, strict=True))
+
     def __mul__(self, factor: float) -> Figure:
         return Figure(factor * sample for sample in self.samples)
 
