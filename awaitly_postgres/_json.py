@@ -20,6 +20,7 @@ MAX_BYTES = 268_435_455  # JENTRY_OFFLENMASK in PostgreSQL's utils/jsonb.h
 
 _encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _decoder_in_order = json.JSONDecoder(object_pairs_hook=lambda pairs: _jsonb_order(pairs))
+_decode = json.JSONDecoder().raw_decode
 _STR, _SEQUENCES = {str}, {list, tuple}
 _SCALARS = {str, int, float, bool, type(None)}
 quote = json.encoder.encode_basestring  # a string without NUL and lone surrogates, as JSON
@@ -77,6 +78,55 @@ def canonical(text: str) -> str:
 def loads(text: str | bytes) -> Any:
     """Decode what `dumps` or PostgreSQL wrote; raise ValueError or RecursionError otherwise."""
     return json.loads(text)
+
+
+def loads_document(text: str) -> tuple[Any, dict[str, str]]:
+    """Decode a document as `loads` does; return also the text of each member of its ``steps``."""
+    if text.startswith("{"):
+        document, texts, _ = _split(text, 0, "steps")
+        return document, texts
+    return loads(text), {}
+
+
+def loads_members(text: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Decode an object as `loads` does; return also the text of each member."""
+    members, texts, _ = _split(text, 0)
+    return members, texts
+
+
+def _split(
+    text: str, at: int, within: str | None = None
+) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Decode the object at ``at``, which PostgreSQL has written and which is therefore valid.
+
+    Returns:
+        the object, the text of each of its members (of those of its member ``within`` if that is
+        given), and where it ends.
+    """
+    members: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    end = at
+    while text[at := _past(text, end + 1)] != "}":  # after the brace, or a comma
+        name, end = _decode(text, at)
+        at = _past(text, _past(text, end) + 1)  # after the colon
+        if name == within and text[at] == "{":
+            members[name], texts, end = _split(text, at)
+        else:
+            members[name], end = _decode(text, at)
+            if within is None:
+                texts[name] = text[at:end]
+        end = _past(text, end)
+        if text[end] == "}":
+            at = end
+            break
+    return members, texts, at + 1
+
+
+def _past(text: str, at: int) -> int:
+    """Return where the spaces at ``at`` end; PostgreSQL writes no other whitespace."""
+    while text[at] == " ":
+        at += 1
+    return at
 
 
 def as_stored(text: str) -> Any:

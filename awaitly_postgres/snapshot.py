@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any, Literal, cast
 
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from . import _json
 from .errors import SnapshotFormatError
@@ -78,10 +78,15 @@ class Steps(Mapping[str, StepResult]):
     Loading a snapshot of 10,000 steps to look at three of them should not build 10,000 objects.
     """
 
-    __slots__ = ("_json",)
+    __slots__ = ("_json", "_texts")
 
-    def __init__(self, json: Mapping[str, Any]) -> None:
+    def __init__(self, json: Mapping[str, Any], texts: Mapping[str, str] | None = None) -> None:
         self._json = json
+        self._texts = texts or {}
+
+    def text(self, key: str) -> str:
+        """Return a step as JSON text: as it was read, which is free, or else encoded."""
+        return self._texts.get(key) or _json.dumps(self._json[key])
 
     def to_json(self) -> dict[str, Any]:
         """Return the stored JSON of the steps by key."""
@@ -203,6 +208,10 @@ class WorkflowSnapshot:
             warnings=rest.pop("warnings", None),
             extra=rest,
         )
+
+    def with_texts(self, texts: Mapping[str, str]) -> WorkflowSnapshot:
+        """Return it with the JSON text from which each step was read."""
+        return evolve(self, steps=Steps(cast(Steps, self.steps).to_json(), texts))
 
     def to_json(self) -> dict[str, Any]:
         """Return the JSON document that is stored."""

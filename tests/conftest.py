@@ -56,6 +56,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Run two workers a processor: tests spend half of their time waiting for leases to end."""
+    return 2 * (os.cpu_count() or 1)
+
+
 @pytest.fixture(scope="session")
 def server(pytestconfig: pytest.Config) -> Iterator[str]:
     """The URL of a server on which the tests may do as they like."""

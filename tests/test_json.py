@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict, namedtuple
+from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from enum import IntEnum
 from typing import Any
@@ -149,6 +150,37 @@ def test_a_value_replays_as_the_first_run_had_it_or_is_refused(
 def test_plain_json_is_never_refused(value: Any) -> None:
     """And comes back equal, whatever the order of its keys."""
     assert _json.as_stored(_json.dumps(value)) == value
+
+
+@pytest.fixture(scope="module")
+def connection(server: str) -> Iterator[psycopg.Connection[Any]]:
+    with psycopg.connect(server, autocommit=True) as conn:
+        yield conn
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    document=st.dictionaries(storable, json_values, max_size=4),
+    steps=st.dictionaries(storable, json_values, max_size=4),
+)
+def test_what_the_server_has_written_is_read_with_the_text_of_each_step(
+    connection: psycopg.Connection[Any], document: Any, steps: Any
+) -> None:
+    """As the server writes objects, aggregated ones too; the text of a step decodes to the step."""
+    document["steps"] = steps
+    written, aggregated = connection.execute(
+        "SELECT %(document)s::jsonb::text, "
+        "(SELECT json_object_agg(key, value)::text FROM jsonb_each(%(document)s::jsonb->'steps'))",
+        {"document": _json.dumps(document)},
+    ).fetchone()
+    for members, texts in (
+        _json.loads_members(aggregated or "{}"),
+        _json.loads_members("{ }"),
+        (_json.loads_document(written)[0]["steps"], _json.loads_document(written)[1]),
+    ):
+        assert {key: _json.loads(text) for key, text in texts.items()} == members
+        assert exactly(members) in (exactly(_json.loads(written)["steps"]), "{}")
+    assert exactly(_json.loads_document(written)[0]) == exactly(_json.loads(written))
 
 
 @in_memory

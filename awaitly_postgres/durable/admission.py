@@ -52,13 +52,21 @@ class Found:
     """A stored run as it was read, perhaps before this process had the lease on it."""
 
     snapshot: WorkflowSnapshot
+    size: int  # characters of the snapshot and the journal
     journal: str | None  # the steps of the journal as JSON text; they are in the snapshot too
-    written_at: str | None  # the row's time, as text: taking the run up checks that it is unchanged
+    written_at: str | None  # the row's time, as text
 
     @classmethod
     def of(cls, id: str, row: Row) -> Found:
         """Decode a row that ``begin`` or the lookup of a run has returned."""
-        return cls(decode_snapshot(id, row[0], row[1]), row[1], row[2])
+        size = len(row[0]) + len(row[1] or "")
+        return cls(decode_snapshot(id, row[0], row[1]), size, row[1], row[2])
+
+    @property
+    def unchanged(self) -> dict[str, Any]:
+        """The parameters of statements that change the run only if it still is as it was read."""
+        length = None if self.journal is None else len(self.journal)
+        return {"seen": self.written_at, "journal_length": length}
 
 
 @frozen
@@ -141,8 +149,8 @@ class Admission:
                 starts := _starts_of(found), self.max_attempts
             ):
                 return self._give_up(found, starts)
-            if (taken := self._take_up(found)) is not None:
-                return TakenUp(taken)
+            if self._take_up(found):
+                return TakenUp(found.snapshot)
             if only_if_unchanged:
                 raise TouchedMeanwhile(self.id)
             found = None
@@ -193,12 +201,12 @@ class Admission:
                 self._may_have_lease = False
                 raise
 
-    def _take_up(self, found: Found) -> WorkflowSnapshot | None:
+    def _take_up(self, found: Found) -> bool:
         """Count this start before any of the user's code runs, and set when it is due again.
 
         A run that kills its process therefore backs off and reaches ``max_attempts`` like any
-        other, instead of staying at the head of the queue. Returns the state as it is under the
-        lease; None if it was written since it was found. May be repeated: the count is taken from
+        other, instead of staying at the head of the queue. Returns False, and changes nothing, if
+        the run was written since it was found. May be repeated: the count is taken from
         ``found``, so a retry writes the same one, and its fence accepts the number of the first.
         """
         metadata = found.snapshot.metadata or {}
@@ -210,15 +218,14 @@ class Admission:
             counted["sleeps"] |= {key: end for key, end in waits.items() if end is not None}
         params = {
             **self._checkpoints.next_write(),
-            "seen": found.written_at,
+            **found.unchanged,
             "metadata": _json.dumps(counted),
             "pause": pause_after(attempts),
         }
-        rows = self._db.rows(self._sql.take_up, params)
-        if not rows:
-            return None
-        self._checkpoints.taken_up(len(rows[0][0]))
-        return decode_snapshot(self.id, rows[0][0], None)
+        if not self._db.count(self._sql.take_up, params):
+            return False
+        self._checkpoints.taken_up(found.size)
+        return True
 
     def _give_up(self, found: Found, attempts: int) -> GivenUp:
         """Store that the run is not started again by itself, and release the lease.
@@ -234,7 +241,7 @@ class Admission:
             reason["cause"] = earlier
         params = {
             **self._checkpoints.next_write(),
-            "seen": found.written_at,
+            **found.unchanged,
             "failure": _json.dumps(reason),
         }
         if not self._db.run_once(lambda conn: fetch(conn, self._sql.give_up, params)):

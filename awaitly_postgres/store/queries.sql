@@ -107,11 +107,15 @@ DELETE FROM {journal} WHERE id = %(id)s
 -- fragment: folded_steps -- if journal
 -- An object with the steps of the snapshot, and those just taken out of the journal laid under
 -- them: where both have a key, the snapshot's step counts, as it does for load.
-jsonb_set('{}', '{"steps"}', COALESCE(
-    (SELECT jsonb_object_agg(key, step) FROM taken_out) || (snapshot->'steps'),
-    snapshot->'steps',
-    'null'
-))
+-- Empty if none were taken out: not to copy the steps of a large snapshot saves half the time.
+CASE
+    WHEN EXISTS (SELECT FROM taken_out) THEN jsonb_set('{}', '{"steps"}', COALESCE(
+        (SELECT jsonb_object_agg(key, step) FROM taken_out) || (snapshot->'steps'),
+        snapshot->'steps',
+        'null'
+    ))
+    ELSE '{}'
+END
 
 -- fragment: folded_steps -- if no journal
 -- An empty object: there is nothing to fold.
@@ -399,17 +403,20 @@ SELECT
 
 -- name: take_up
 -- A stored run is started again: before any of the user's code runs, this counts the start, sets
--- the time before which it is not due again, folds the journal into the snapshot, and returns
--- that. So a run that kills its process backs off like one that fails. All of it happens only if
--- nobody has touched the run since it was %(seen)s, or if the token has the next number already:
--- then the first try landed and its reply was lost, and writing the same again does no harm. FOR
--- UPDATE twice, the lease's row first: what is compared stays so until it is written.
+-- the time before which it is not due again, and folds the journal into the snapshot. So a run
+-- that kills its process backs off like one that fails. All of it happens only if nobody has
+-- touched the run since it was %(seen)s, and nobody has appended a step, which would make the text
+-- of the journal longer; or if the token has the next number already: then the first try landed
+-- and its reply was lost, and writing the same again does no harm. So the caller, who has read the
+-- run, knows what is stored then. FOR UPDATE twice, the lease's row first: what is compared stays
+-- so until it is written.
 WITH fence AS (SELECT owner_token FROM {leases} WHERE {write_is_next} FOR UPDATE),
 untouched AS (
     SELECT id FROM {snapshots}
     WHERE id = %(id)s
         AND (
             {untouched}
+            AND length({journaled_steps}) IS NOT DISTINCT FROM %(journal_length)s::bigint
             OR EXISTS (SELECT FROM fence WHERE owner_token = %(next)s::text)
         )
         AND EXISTS (SELECT FROM fence)
@@ -433,7 +440,6 @@ UPDATE {snapshots} SET
             || jsonb_build_object('wakeAt', {pause_end})
     )
 WHERE id = %(id)s AND EXISTS (SELECT FROM numbered)
-RETURNING snapshot::text
 
 -- name: give_up
 -- Instead of take_up, for a run that was started as often as it may be and died each time before

@@ -338,13 +338,14 @@ def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> 
 def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot:
     """Read a row: the snapshot, with the steps of its journal laid under it."""
     try:
-        document = _json.loads(text)
-        appended = _json.loads(journal) if journal else {}
+        document, texts = _json.loads_document(text)
+        appended, appended_texts = _json.loads_members(journal) if journal else ({}, {})
     except (ValueError, RecursionError) as error:
         raise SnapshotFormatError(id, [f"it cannot be decoded: {error}"]) from error
     if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
         document["steps"] = {**appended, **document["steps"]}
-    return WorkflowSnapshot.from_json(document, id=id)
+    snapshot = WorkflowSnapshot.from_json(document, id=id)
+    return snapshot.with_texts({**appended_texts, **texts})
 
 
 def is_input(value: object) -> bool:

@@ -12,7 +12,7 @@ from .._checks import OnDrift, check_id
 from ..errors import AwaitlyError, DuplicateStepKey, WorkflowDrift, WorkflowError
 from .codec import Codec
 from .event import OnEvent
-from .history import History
+from .history import History, Recorded
 from .recorder import Recorder
 
 
@@ -68,8 +68,8 @@ class Asking:
 
     # -- asking ----------------------------------------------------------------------------
 
-    def _ask(self, key: str) -> str | None:
-        """Return the recorded JSON of ``key``, or None when the step may run now.
+    def _ask(self, key: str) -> Recorded | None:
+        """Return what is recorded of ``key``, or None when the step may run now.
 
         The workflow's own thread must ask for its recorded steps in their order, and for all of
         them before anything new. Other threads may ask in any order; recorded steps of theirs that
@@ -86,7 +86,7 @@ class Asking:
                 self._begin(key)
             return recorded
 
-    def ask_map(self, key: str, keys: Sequence[str]) -> list[str | None]:
+    def ask_map(self, key: str, keys: Sequence[str]) -> list[Recorded | None]:
         """Return what `_ask` does for each of ``keys``, the steps of the map ``key``.
 
         All of them together have one place in the order of the workflow's own thread.

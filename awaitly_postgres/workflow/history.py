@@ -6,12 +6,13 @@ No clock, no threads, no database: `Run` calls it with its lock held.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from attrs import define, field
 
-from .. import _json
-from ..snapshot import WorkflowSnapshot, as_mapping
+from ..snapshot import Steps, WorkflowSnapshot, as_mapping
+
+Recorded = Mapping[str, Any]  # a step, decoded: nobody else has this value
 
 
 @define(eq=False)
@@ -41,6 +42,7 @@ class History:
     _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
     _parallel: set[str] = field(factory=set)  # ... by other threads, and a map's but for its first
     _maps: dict[str, tuple[int, set[str]]] = field(factory=dict)  # recorded: of how many, which
+    _recorded: dict[str, Recorded] = field(factory=dict)  # by earlier starts, not yet asked for
     _asked: set[str] = field(factory=set)
     _seq: int = 0  # the number of the last recorded step
     _gone_on_after: int = 0  # the number of the last one when the own thread asked for new work
@@ -48,7 +50,8 @@ class History:
     @classmethod
     def of(cls, snapshot: WorkflowSnapshot) -> History:
         """Return the history of an earlier start's snapshot, without its open failures."""
-        recorded = snapshot.to_json()["steps"]
+        steps = cast(Steps, snapshot.steps)
+        recorded = steps.to_json()
         metadata = snapshot.metadata or {}
         metas = {key: step.get("meta") or {} for key, step in recorded.items()}
         seqs = {key: _positive(meta.get("seq")) for key, meta in metas.items()}
@@ -70,7 +73,8 @@ class History:
             or (not seqs[key] and last_of_node != key and last_of_node in recorded)
         ]
         history.has_left_out = len(replayed) < len(recorded)
-        history.steps = {key: _json.dumps(recorded[key]) for key in replayed}
+        history.steps = {key: steps.text(key) for key in replayed}
+        history._recorded = {key: recorded[key] for key in replayed}
         history._seq = max(seqs.values(), default=0)
         if history._seq:
             history.last_key = max(seqs, key=seqs.__getitem__)
@@ -151,21 +155,21 @@ class History:
             return lacking, (count, len(keys))
         return None if count in (0, len(keys)) else ([], (count, len(keys)))
 
-    def ask_map(self, key: str, keys: Sequence[str], own: bool) -> list[str | None]:
-        """Return the JSON text of each step of a map, None where it is new."""
+    def ask_map(self, key: str, keys: Sequence[str], own: bool) -> list[Recorded | None]:
+        """Return each step of a map as it was recorded, None where it is new."""
         self._asked.add(key)
         self._asked.update(keys)
         if not (asked := set(keys)).isdisjoint(self._in_order):
             self._in_order = [k for k in self._in_order if k not in asked]
         self._parallel -= asked
         self._unnumbered -= asked
-        recorded = [self.steps.get(k) for k in keys]
+        recorded = [self._recorded.pop(k, None) for k in keys]
         if own and None in recorded:
             self._gone_on_after = self._seq
         return recorded
 
-    def ask(self, key: str, own: bool) -> str | None:
-        """Return the JSON text of the recorded step, or None if it is new.
+    def ask(self, key: str, own: bool) -> Recorded | None:
+        """Return the step as it was recorded, or None if it is new. It can be asked for once.
 
         ``own`` says whether the workflow's own thread asks.
         """
@@ -181,7 +185,7 @@ class History:
             self._unnumbered.discard(key)
         else:
             self._in_order.remove(key)  # another thread asks for it, or drift is ignored
-        return self.steps[key]
+        return self._recorded.pop(key)
 
     def unreached(self) -> list[str]:
         """Return the recorded steps that this start has not asked for, the next one first."""

@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 from attrs import define, field
 
 from .asking import Interrupted
+from .history import Recorded
 from .run import Run
 
 A = TypeVar("A")
@@ -60,7 +61,7 @@ class Map(Generic[A, T]):
             raise self._failure[1]
         return self._results
 
-    def _replay(self, index: int, step: str) -> None:
+    def _replay(self, index: int, step: Recorded) -> None:
         try:
             self._results[index] = self.run.replay(self.keys[index], self.fn, step)
         except Exception as error:

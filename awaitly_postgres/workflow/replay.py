@@ -9,6 +9,7 @@ from attrs import define
 
 from ..errors import AwaitlyError
 from .asking import Interrupted
+from .history import Recorded
 from .run import Run
 
 T = TypeVar("T")
@@ -34,20 +35,20 @@ class Replay(Run):
     def emit(self, *event: Any, **details: Any) -> None:
         """Report nothing: nothing happens in a run that is only looked at."""
 
-    def _ask(self, key: str) -> str:
+    def _ask(self, key: str) -> Recorded:
         recorded = super()._ask(key)
         if recorded is None:
             raise self._interrupt(FirstNewStep(key))
         return recorded
 
-    def ask_map(self, key: str, keys: Sequence[str]) -> list[str | None]:
+    def ask_map(self, key: str, keys: Sequence[str]) -> list[Recorded | None]:
         """Return what is recorded, if that is all; no item runs."""
         recorded = super().ask_map(key, keys)
         if None in recorded:
             raise self._interrupt(FirstNewStep(key))
         return recorded
 
-    def replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
+    def replay(self, key: str, fn: Callable[..., T], recorded: Recorded) -> T:
         try:
             return super().replay(key, fn, recorded)
         except Interrupted:

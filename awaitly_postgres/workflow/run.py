@@ -24,6 +24,7 @@ from . import failure as _failure
 from .asking import Asking, Interrupted
 from .codec import decode, encode
 from .event import EventType, Timer, Timing, tell
+from .history import Recorded
 
 T = TypeVar("T")
 
@@ -300,12 +301,11 @@ class Run(Asking):
         except AwaitlyError as error:
             raise self._interrupt(error) from error
 
-    def replay(self, key: str, fn: Callable[..., T], recorded: str) -> T:
+    def replay(self, key: str, fn: Callable[..., T], recorded: Recorded) -> T:
         self.emit("step_replayed", key)
-        step = _json.loads(recorded)  # decoded anew each time: the caller may change the value
-        if not step["ok"]:
-            raise _failure.from_json(key, step)
-        return self._decode(key, fn, step.get("value"))
+        if not recorded["ok"]:
+            raise _failure.from_json(key, recorded)
+        return self._decode(key, fn, recorded.get("value"))
 
 
 def _nothing() -> Any:

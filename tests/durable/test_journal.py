@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from awaitly_postgres import Durable, SnapshotStore, Step, WorkflowSuspended
+from awaitly_postgres.durable import admission
 
 DB = psycopg.Connection
 MakeStore = Callable[..., SnapshotStore]
@@ -384,3 +385,29 @@ def test_step_in_the_snapshot_wins_over_the_journals(durable: Durable, db: DB) -
     )
     assert journal(db, "id") == ["c"]
     assert recorded(durable.store, "id")["c"] == "from Node"
+
+
+def test_a_step_appended_after_the_run_was_read_is_not_run_again(
+    durable: Durable, db: DB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the last holder appends before its lease ends counts, though the run was read before."""
+    crash_with_journal(durable, "id")
+    ran, acquire = [], admission.leases.acquire
+
+    def acquire_late(*args: Any) -> Any:
+        db.execute(
+            "INSERT INTO awaitly_snapshots_steps SELECT id, 'd', jsonb_set(step, '{meta,seq}', '4')"
+            " FROM awaitly_snapshots_steps WHERE key = 'c'"
+        )
+        return acquire(*args)
+
+    @durable.workflow
+    def old(step: Step) -> None:
+        for key in "abcde":
+            step(key, ran.append, key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(admission.leases, "acquire", acquire_late)
+        durable.resume("id")
+    assert ran == ["e"]
+    assert [*recorded(durable.store, "id")] == [*"abcde"]
