@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 TITLES = {
     "floor": "bare INSERT",
     "awaitly": "awaitly-postgres",
-    "before": "awaitly-postgres before",
+    "before": "an earlier version",
     "rewrite": "rewrite all",
     "dbos": "DBOS",
     "langgraph": "LangGraph",

@@ -54,7 +54,7 @@ except Crash:
     pass
 """
 RESUME = f"resume {STEPS:,} steps"
-BEFORE = f"{RESUME}, before"
+BEFORE = f"{RESUME}, earlier version"
 SCRIPTS = {
     "python": "pass",
     "import psycopg_pool": "import psycopg_pool",
@@ -136,7 +136,7 @@ def measure(server: Server, contenders: Contenders, rounds: int, quick: bool) ->
     ]
     if BEFORE in seconds:
         ratio = seconds[RESUME] / seconds[BEFORE]
-        results.targets.append(Target(f"to {RESUME}, times the time before", ratio, 0.6))
+        results.targets.append(Target(f"to {RESUME}, times an earlier version", ratio, 0.6))
     yield results
 
 
