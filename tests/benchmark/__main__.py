@@ -1,12 +1,13 @@
 """How fast it is, and how the cost grows, beside the floor and beside others.
 
-    python -m tests.benchmark [--quick] [--only PART ...] [--rounds N]
+    python -m tests.benchmark [--quick] [--only PART ...] [--rounds N] [--before REVISION]
 
 Starts a PostgreSQL of its own with fsync on, and installs the others in an environment of their
 own; both are gone afterwards. Everything is measured side by side in one run, in rounds; each
 figure is the median of the rounds, with the lowest and highest in brackets. The whole of it takes
-about half an hour, means something on a machine that does nothing else, and is written into
-``results.json``, ``results.svg`` and ``README.md`` beside this file, and into the project's README.
+about three quarters of an hour, means something on a machine that does nothing else, and is
+written into ``results.json``, ``results.svg`` and ``README.md`` beside this file, and into the
+project's README.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ import psycopg
 import awaitly_postgres
 
 from . import (
+    bulk_runs,
     contention,
-    many,
-    many_runs,
+    fan_out,
     picture,
     scale,
+    short_run,
     start_up,
     step_cost,
     store_cost,
@@ -44,13 +46,14 @@ from .server import Server, own_server
 HERE = Path(__file__).parent
 PARTS = {
     "steps": step_cost,
+    "short": short_run,
     "runs": whole_runs,
-    "many": many,
+    "fan_out": fan_out,
+    "bulk": bulk_runs,
     "store": store_cost,
     "scale": scale,
     "start": start_up,
     "contention": contention,
-    "many_runs": many_runs,
 }
 
 
@@ -62,6 +65,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="only to see that it works")
     parser.add_argument("--without-peers", action="store_true", help="install nothing")
+    parser.add_argument("--before", metavar="REVISION", help="an earlier version, to compare with")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that nothing is left behind
     with own_server() as url:
@@ -87,7 +91,7 @@ def measured(url: str, options: argparse.Namespace) -> dict[str, Any]:
     results: dict[str, Any] = {"machine": machine(server), "rounds": options.rounds}
     print(*(f"{name}: {value}" for name, value in results["machine"].items()), sep="\n")
     with tempfile.TemporaryDirectory(prefix="awaitly-benchmark-peers-") as folder:
-        contenders = prepare(url, Path(folder), options.without_peers)
+        contenders = prepare(url, Path(folder), options.without_peers, options.before)
         print(*contenders.notes, sep="\n")
         results["tables"], results["peers"] = {}, contenders.notes
         for part in options.only:

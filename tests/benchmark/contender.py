@@ -4,7 +4,8 @@
 
 Each line of standard input asks for work, ``{"runs": 20, "steps": 10, "size": 300, "threads": 1}``
 or, for as long as that, ``{"seconds": 1.5, ...}``. The answer says how many runs and steps were
-done, in how many seconds, and the median of the seconds from one step to the next.
+done, in how many seconds, how many seconds of processor time that took, and the median of the
+seconds from one step to the next.
 Peers run this file in an environment that has neither attrs nor awaitly_postgres.
 """
 
@@ -20,8 +21,11 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from statistics import median
 from typing import Any
+
+WORKERS = 16  # of a map, unless its name says otherwise
 
 Run = Callable[[str, int, int], None]  # id, steps, bytes of a result
 
@@ -32,8 +36,9 @@ class Steps:
     """What a step does: note the time, and return its text."""
 
     def __init__(self) -> None:
-        # These mean something while there is one run at a time.
         self.count = 0
+        self._counting = threading.Lock()
+        # These mean something while there is one run, of steps one after the other.
         self.between: list[float] = []
         self._last: float | None = None
 
@@ -44,8 +49,9 @@ class Steps:
         now = time.perf_counter()
         if self._last is not None:
             self.between.append(now - self._last)
-        self.count += 1
         self._last = now
+        with self._counting:
+            self.count += 1
         return text(nr, size)
 
 
@@ -121,11 +127,11 @@ def _evenly(count: int, at_most: int) -> list[int]:
     return [(2 * nr + 1) * count // (2 * taken) for nr in range(taken)]
 
 
-def awaitly(url: str, body: Steps) -> Run:
+def awaitly(url: str, body: Steps, schema: str = "awaitly") -> Run:
     """This library, on a pool of its own."""
     from awaitly_postgres import Durable, Step, postgres
 
-    durable = Durable(postgres(url, schema="awaitly", max_size=16))
+    durable = Durable(postgres(url, schema=schema, max_size=16))
 
     def work(step: Step, steps: int, size: int) -> None:
         for nr in range(steps):
@@ -134,10 +140,68 @@ def awaitly(url: str, body: Steps) -> Run:
     return lambda id, steps, size: durable.run(id, work, steps, size)
 
 
-def dbos(url: str, body: Steps) -> Run:
-    """DBOS Transact, a workflow of steps."""
+def awaitly_map(url: str, body: Steps, workers: int) -> Run:
+    """The steps of a run as the items of one `step.map`."""
+    from awaitly_postgres import Durable, Step, postgres
+
+    durable = Durable(postgres(url, schema="awaitly", max_size=16))
+
+    def work(step: Step, steps: int, size: int) -> None:
+        step.map("map", lambda nr: body(nr, size), range(steps), workers=workers)
+
+    return lambda id, steps, size: durable.run(id, work, steps, size)
+
+
+def awaitly_threads(url: str, body: Steps, workers: int) -> Run:
+    """The steps of a run in a thread pool of the workflow's own."""
+    from awaitly_postgres import Durable, Step, postgres
+
+    durable = Durable(postgres(url, schema="awaitly", max_size=16))
+
+    def work(step: Step, steps: int, size: int) -> None:
+        with ThreadPoolExecutor(workers) as threads:
+            for _ in threads.map(lambda nr: step(f"step-{nr}", body, nr, size), range(steps)):
+                pass
+
+    return lambda id, steps, size: durable.run(id, work, steps, size)
+
+
+def awaitly_submit(url: str, body: Steps) -> Run:
+    """Each step is a run that is only accepted, by a call of its own."""
+    durable, nothing = _accepting(url)
+
+    def run(id: str, steps: int, size: int) -> None:
+        for nr in range(steps):
+            durable.submit(f"{id}-{nr}", nothing, body(nr, size))
+
+    return run
+
+
+def awaitly_submit_many(url: str, body: Steps) -> Run:
+    """Each step is a run that is only accepted, all by one call."""
+    durable, nothing = _accepting(url)
+
+    def run(id: str, steps: int, size: int) -> None:
+        durable.submit_many(nothing, {f"{id}-{nr}": (body(nr, size),) for nr in range(steps)})
+
+    return run
+
+
+def _accepting(url: str) -> Any:
+    from awaitly_postgres import Durable, Step, postgres
+
+    durable = Durable(postgres(url, schema="accepted", max_size=1))
+
+    @durable.workflow
+    def nothing(step: Step, text: str) -> None:
+        raise AssertionError("is only accepted")
+
+    return durable, nothing
+
+
+def _configure_dbos(url: str) -> None:
     os.environ["DBOS__VMID"] = f"benchmark-{os.getpid()}"  # recovers its own runs only
-    from dbos import DBOS, SetWorkflowID
+    from dbos import DBOS
 
     DBOS(
         config={
@@ -147,6 +211,13 @@ def dbos(url: str, body: Steps) -> Run:
             "log_level": "WARNING",
         }
     )
+
+
+def dbos(url: str, body: Steps) -> Run:
+    """DBOS Transact, a workflow of steps."""
+    from dbos import DBOS, SetWorkflowID
+
+    _configure_dbos(url)
 
     @DBOS.step()
     def step(nr: int, size: int) -> str:
@@ -162,6 +233,47 @@ def dbos(url: str, body: Steps) -> Run:
     def run(id: str, steps: int, size: int) -> None:
         with SetWorkflowID(id):
             work(steps, size)
+
+    return run
+
+
+def dbos_queue(url: str, body: Steps) -> Run:
+    """DBOS Transact, a workflow that puts its steps on a queue as workflows and awaits them."""
+    from dbos import DBOS, SetWorkflowID
+
+    _configure_dbos(url)
+
+    name = f"benchmark-{os.getpid()}"
+
+    @DBOS.workflow()
+    def item(nr: int, size: int) -> str:
+        return body(nr, size)
+
+    @DBOS.workflow()
+    def work(steps: int, size: int) -> None:
+        for handle in [DBOS.enqueue_workflow(name, item, nr, size) for nr in range(steps)]:
+            handle.get_result()
+
+    DBOS.launch()
+    DBOS.register_queue(name, worker_concurrency=WORKERS, polling_interval_sec=0.02)
+
+    def run(id: str, steps: int, size: int) -> None:
+        with SetWorkflowID(id):
+            work(steps, size)
+
+    return run
+
+
+def dbos_enqueue(url: str, body: Steps) -> Run:
+    """Each step is a workflow that is only put on a queue."""
+    from dbos import DBOSClient
+
+    client = DBOSClient(system_database_url=url)
+    options: Any = {"workflow_name": "nothing", "queue_name": "accepted"}
+
+    def run(id: str, steps: int, size: int) -> None:
+        for nr in range(steps):
+            client.enqueue({**options, "workflow_id": f"{id}-{nr}"}, body(nr, size))
 
     return run
 
@@ -225,10 +337,35 @@ def langgraph_tasks(url: str, body: Steps) -> Run:
     return run
 
 
-CONTENDERS = {
+def langgraph_map(url: str, body: Steps) -> Run:
+    """LangGraph with PostgresSaver: a task for each item, in threads, written in the background."""
+    from langgraph.func import entrypoint, task
+
+    step = task(name="step")(lambda nr, size: body(nr, size))
+
+    @entrypoint(checkpointer=_saver(url))
+    def work(given: dict[str, int]) -> None:
+        for future in [step(nr, given["size"]) for nr in range(given["steps"])]:
+            future.result()
+
+    def run(id: str, steps: int, size: int) -> None:
+        config: Any = {"configurable": {"thread_id": id}, "max_concurrency": WORKERS}
+        work.invoke({"steps": steps, "size": size}, config, durability="sync")
+
+    return run
+
+
+CONTENDERS: dict[str, Callable[[str, Steps], Run]] = {
     contender.__name__: contender
-    for contender in (floor, rewrite, awaitly, dbos, langgraph, langgraph_tasks)
+    for contender in (
+        *(floor, rewrite, awaitly, awaitly_submit, awaitly_submit_many),
+        *(dbos, dbos_queue, dbos_enqueue, langgraph, langgraph_tasks, langgraph_map),
+    )
 }
+CONTENDERS["before"] = partial(awaitly, schema="before")  # an earlier version is on its path
+for _workers in (8, WORKERS, 32):
+    CONTENDERS[f"map_{_workers}"] = partial(awaitly_map, workers=_workers)
+    CONTENDERS[f"threads_{_workers}"] = partial(awaitly_threads, workers=_workers)
 
 
 def serve(name: str, url: str) -> None:
@@ -240,7 +377,7 @@ def serve(name: str, url: str) -> None:
         body.count = 0
         body.between.clear()
         left = iter(range(asked.get("runs", sys.maxsize)))
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         until = began + asked.get("seconds", 1e9)
         done: list[int] = []
 
@@ -258,7 +395,13 @@ def serve(name: str, url: str) -> None:
                     done_by_thread.result()  # raises what it has raised
         seconds = time.perf_counter() - began
         between = median(body.between) if body.between else 0.0
-        answer = {"runs": len(done), "steps": body.count, "seconds": seconds, "between": between}
+        answer = {
+            "runs": len(done),
+            "steps": body.count,
+            "seconds": seconds,
+            "cpu": time.process_time() - cpu,
+            "between": between,
+        }
         print(json.dumps(answer), flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,19 @@ HERE = Path(__file__).parent
 TITLES = {
     "floor": "bare INSERT",
     "awaitly": "awaitly-postgres",
+    "before": "an earlier version",
     "rewrite": "rewrite all",
     "dbos": "DBOS",
     "langgraph": "LangGraph",
     "langgraph_tasks": "LangGraph tasks",
 }
+_OURS = (
+    *("floor", "awaitly", "rewrite", "awaitly_submit", "awaitly_submit_many"),
+    *(f"{way}_{workers}" for way in ("map", "threads") for workers in (8, 16, 32)),
+)
 _PEERS = {
-    ("dbos",): ("dbos",),
-    ("langgraph", "langgraph_tasks"): (
+    ("dbos", "dbos_queue", "dbos_enqueue"): ("dbos",),
+    ("langgraph", "langgraph_tasks", "langgraph_map"): (
         "langgraph",
         "langgraph-checkpoint-postgres",
         "psycopg-binary",
@@ -56,6 +62,7 @@ class Contender:
     name: str
     url: str
     python: Path
+    root: Path = HERE.parents[1]  # where awaitly_postgres is
     _process: subprocess.Popen[str] = field(init=False)
 
     def __attrs_post_init__(self) -> None:
@@ -63,7 +70,7 @@ class Contender:
             [self.python, HERE / "contender.py", self.name, self.url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": str(HERE.parents[1])},
+            env={**os.environ, "PYTHONPATH": str(self.root)},
             text=True,
         )
 
@@ -97,9 +104,13 @@ class Contenders:
     url: str
     pythons: dict[str, Path]
     notes: list[str]
+    before: Path | None = None  # a checkout of an earlier version
 
     def names(self, *names: str) -> list[str]:
         return [name for name in names if name in self.pythons]
+
+    def are_ours(self, name: str) -> bool:
+        return name in _OURS
 
     @contextmanager
     def running(self, names: Sequence[str], url: str | None = None) -> Iterator[list[Contender]]:
@@ -107,19 +118,25 @@ class Contenders:
         with ExitStack() as stack:
             team = []
             for name in names:
-                team.append(Contender(name, url or self.url, self.pythons[name]))
+                root = {"root": self.before} if name == "before" and self.before else {}
+                team.append(Contender(name, url or self.url, self.pythons[name], **root))
                 stack.callback(team[-1].stop)
             for contender in team:
                 contender.do(Work(steps=12, runs=3))
             yield team
 
 
-def prepare(url: str, folder: Path, without_peers: bool) -> Contenders:
+def prepare(url: str, folder: Path, without_peers: bool, before: str | None) -> Contenders:
     """Install the peers in an environment of their own, as far as that can be done."""
-    pythons = dict.fromkeys(("floor", "awaitly", "rewrite"), Path(sys.executable))
-    if without_peers:
-        return Contenders(url, pythons, ["Peers left out, as asked for."])
+    pythons = dict.fromkeys(_OURS, Path(sys.executable))
     notes = []
+    earlier = None
+    if before:
+        earlier, pythons["before"] = folder / "before", Path(sys.executable)
+        _check_out(before, earlier)
+        notes.append(f"{TITLES['before']}: the package of commit {before}.")
+    if without_peers:
+        return Contenders(url, pythons, [*notes, "Peers left out, as asked for."], earlier)
     python = folder / "bin" / "python"
     for names, packages in _PEERS.items():
         try:
@@ -136,7 +153,14 @@ def prepare(url: str, folder: Path, without_peers: bool) -> Contenders:
         except (OSError, subprocess.CalledProcessError, RuntimeError) as error:
             reason = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[-1]
             notes.append(f"{TITLES[names[0]]} is left out: {reason}")
-    return Contenders(url, pythons, notes)
+    return Contenders(url, pythons, notes, earlier)
+
+
+def _check_out(revision: str, folder: Path) -> None:
+    archive = folder.with_suffix(".tar")
+    given = (f"--output={archive}", revision, "awaitly_postgres")
+    _output("git", "-C", str(HERE.parents[1]), "archive", *given)
+    shutil.unpack_archive(archive, folder)
 
 
 def _output(*command: str) -> str:

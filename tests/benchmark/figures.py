@@ -23,12 +23,15 @@ class Figure:
         """The ratio, round by round: what disturbed the machine in a round disturbed both."""
         return Figure(a / b for a, b in zip(self.samples, other.samples, strict=True))
 
+    def __sub__(self, other: Figure) -> Figure:
+        return Figure(a - b for a, b in zip(self.samples, other.samples, strict=True))
+
     def __mul__(self, factor: float) -> Figure:
         return Figure(factor * sample for sample in self.samples)
 
     def __str__(self) -> str:
-        low, high = _short(min(self.samples)), _short(max(self.samples))
-        middle = _short(self.median)
+        low, high = short(min(self.samples)), short(max(self.samples))
+        middle = short(self.median)
         return middle if low == high else f"{middle} ({low}–{high})"
 
     def to_json(self) -> dict[str, Any]:
@@ -46,17 +49,19 @@ class Target:
     figure: Figure
     limit: float
     at_least: bool = False
+    why: str = ""  # it is missed, where it is
 
     @property
     def met(self) -> bool:
         """Of the figure as it is printed."""
-        shown = float(_short(self.figure.median).replace(",", ""))
+        shown = float(short(self.figure.median).replace(",", ""))
         return shown >= self.limit if self.at_least else shown <= self.limit
 
     def __str__(self) -> str:
         sign = "≥" if self.at_least else "≤"
         verdict = "met   " if self.met else "MISSED"
-        return f"{verdict}  {self.what}: {self.figure}, should be {sign} {self.limit:g}"
+        text = f"{verdict}  {self.what}: {self.figure}, should be {sign} {self.limit:g}"
+        return text if self.met or not self.why else f"{text}\n        {self.why}"
 
 
 @define
@@ -95,7 +100,13 @@ class Table:
                 for row in self.rows
             ],
             "targets": [
-                {"what": target.what, "limit": target.limit, "met": target.met}
+                {
+                    "what": target.what,
+                    "limit": target.limit,
+                    "at_least": target.at_least,
+                    "met": target.met,
+                    "why": target.why,
+                }
                 | target.figure.to_json()
                 for target in self.targets
             ],
@@ -108,7 +119,7 @@ def figures(samples: Iterable[Sequence[float]]) -> list[Figure]:
     return [Figure(place) for place in zip(*samples, strict=True)]
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
     """Three digits that count."""
     if abs(value) >= 100:
         return f"{value:,.0f}"

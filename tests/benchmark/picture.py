@@ -30,7 +30,8 @@ def draw(results: dict[str, Any], file: Path) -> None:
 
 
 def _steps(axes: Any, table: dict[str, Any]) -> None:
-    for name, title in TITLES.items():
+    for name in COLOURS:
+        title = TITLES[name]
         rows = [row for row in table["rows"] if row["contender"] == title]
         if rows:
             counts = [int(row["steps"].replace(",", "")) for row in rows]
@@ -53,9 +54,7 @@ def _steps(axes: Any, table: dict[str, Any]) -> None:
 def _runs(axes: Any, table: dict[str, Any]) -> None:
     rows = [row for row in table["rows"] if row["steps"] == "10"]
     modes = list(dict.fromkeys(row["by"] for row in rows))
-    names = [
-        name for name, title in TITLES.items() if any(row["contender"] == title for row in rows)
-    ]
+    names = [name for name in COLOURS if any(row["contender"] == TITLES[name] for row in rows)]
     width = 0.8 / len(names)
     for place, name in enumerate(names):
         of_name = [row for row in rows if row["contender"] == TITLES[name]]

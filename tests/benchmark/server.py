@@ -63,6 +63,32 @@ class Server:
         """Take a transaction id, as each commit that writes does."""
         return int(self.value("SELECT txid_current()"))
 
+    def cpu(self) -> float:
+        """Seconds of processor time that the server's processes have taken; 0 if not on Linux."""
+        processes = {
+            int(path.parent.name): path.read_text().rpartition(")")[2].split()
+            for path in Path("/proc").glob("[0-9]*/stat")
+            if path.exists()
+        }
+        if not processes:
+            return 0.0
+        postmaster = processes[self.db.info.backend_pid][1]
+        ours = [pid for pid, (_, parent, *_rest) in processes.items() if parent == postmaster]
+        return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9 for pid in ours)
+
+    @contextmanager
+    def slower_commits(self, seconds: float) -> Iterator[None]:
+        """Have each commit take so much longer, as it does on a disk across a network."""
+        for name, value in (("commit_delay", f"{seconds * 1e6:.0f}"), ("commit_siblings", "0")):
+            self.db.execute(f"ALTER SYSTEM SET {name} = {value}")
+        self.db.execute("SELECT pg_reload_conf()")
+        try:
+            yield
+        finally:
+            self.db.execute("ALTER SYSTEM RESET commit_delay")
+            self.db.execute("ALTER SYSTEM RESET commit_siblings")
+            self.db.execute("SELECT pg_reload_conf()")
+
     def rows_read(self, schema: str) -> int:
         """Rows and index entries read in a schema so far; a connection tells when it closes."""
         others = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"

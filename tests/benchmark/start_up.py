@@ -8,13 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import psycopg
+from attrs import frozen
 
-from awaitly_postgres import Durable, Step, postgres
+from awaitly_postgres import postgres
 
+from .contenders import Contenders
 from .figures import Table, Target, figures
 from .server import Server
 
@@ -38,7 +39,22 @@ try:
 except OSError:
     print(0)
 """
+# Leaves a run of so many steps behind, as a crash would.
+LEAVE = f"""
+import awaitly_postgres
+class Crash(BaseException): pass
+def work(step, steps):
+    for nr in range(steps):
+        step(f"step-{{{{nr}}}}", str.ljust, str(nr), 298)
+    raise Crash
+durable = awaitly_postgres.Durable(awaitly_postgres.postgres({{url!r}}, schema={{schema!r}}))
+try:
+    durable.run("long", work, {STEPS})
+except Crash:
+    pass
+"""
 RESUME = f"resume {STEPS:,} steps"
+BEFORE = f"{RESUME}, earlier version"
 SCRIPTS = {
     "python": "pass",
     "import psycopg_pool": "import psycopg_pool",
@@ -49,23 +65,49 @@ SCRIPTS = {
 }
 
 
-def measure(server: Server, _: object, rounds: int, quick: bool) -> Iterator[Table]:
-    server.fresh_schema(SCHEMA)
-    leave_unfinished(server.url)
-    for table in TABLES:
-        server.db.execute(f"CREATE TABLE {SCHEMA}.kept{table} AS TABLE {SCHEMA}.awaitly{table}")
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in SCRIPTS}
+@frozen
+class Script:
+    """A script, and the package and the schema that it works with."""
+
+    text: str
+    root: str = ROOT
+    schema: str = SCHEMA
+    resumes: bool = False
+
+    def run(self, server: Server, environment: dict[str, str]) -> tuple[float, float]:
+        """Return the seconds it took, and the megabytes it needed at most."""
+        for table in TABLES:
+            server.db.execute(f"TRUNCATE {self.schema}.awaitly{table}")
+            if self.resumes:
+                kept = f"SELECT * FROM {self.schema}.kept{table}"
+                server.db.execute(f"INSERT INTO {self.schema}.awaitly{table} {kept}")
+        text = self.text.format(url=server.url, schema=self.schema)
+        return process(text, {**environment, "PYTHONPATH": self.root})
+
+    def prepare(self, server: Server) -> None:
+        """Make what `run` starts from."""
+        server.fresh_schema(self.schema)
+        environment = {**os.environ, "PYTHONPATH": self.root}
+        process(LEAVE.format(url=server.url, schema=self.schema), environment)
+        for table in TABLES:
+            made = f"AS TABLE {self.schema}.awaitly{table}"
+            server.db.execute(f"CREATE TABLE {self.schema}.kept{table} {made}")
+
+
+def measure(server: Server, contenders: Contenders, rounds: int, quick: bool) -> Iterator[Table]:
+    scripts = {name: Script(text, resumes=name == RESUME) for name, text in SCRIPTS.items()}
+    scripts[RESUME].prepare(server)
+    if contenders.before:
+        before = Script(SCRIPTS[RESUME], str(contenders.before), f"{SCHEMA}_before", True)
+        before.prepare(server)
+        scripts[BEFORE] = before
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in scripts}
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "PYTHONPATH": ROOT, "PYTHONPYCACHEPREFIX": folder}
+        environment = {**os.environ, "PYTHONPYCACHEPREFIX": folder}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # compiled, as what pip installs is
         for nr in range(1 + rounds):
-            for name, script in SCRIPTS.items():
-                for table in TABLES:
-                    server.db.execute(f"TRUNCATE {SCHEMA}.awaitly{table}")
-                    if name == RESUME:
-                        kept = f"SELECT * FROM {SCHEMA}.kept{table}"
-                        server.db.execute(f"INSERT INTO {SCHEMA}.awaitly{table} {kept}")
-                figure = process(script.format(url=server.url, schema=SCHEMA), environment)
+            for name, script in scripts.items():
+                figure = script.run(server, environment)
                 if nr:  # the first round has compiled
                     found[name].append(figure)
     results = Table("start_up", "Start-up, whole processes", ("process", "ms", "peak memory, MB"))
@@ -80,8 +122,21 @@ def measure(server: Server, _: object, rounds: int, quick: bool) -> Iterator[Tab
     bare, ours = figures([first_calls(server.url) for _ in range(1 + rounds)][1:])
     results.add("psycopg connects, SELECT", bare * 1e3, "")
     results.add("first load of a store", ours * 1e3, "")
-    ratio = seconds["cron, nothing to do"] / seconds["psycopg, one SELECT"]
-    results.targets.append(Target("cron with nothing to do, times psycopg's SELECT", ratio, 1.5))
+    results.targets = [
+        Target(
+            "cron with nothing to do, times psycopg's SELECT",
+            seconds["cron, nothing to do"] / seconds["psycopg, one SELECT"],
+            1.5,
+        ),
+        Target(
+            "importing it, ms more than psycopg and its pool",
+            (seconds["import awaitly_postgres"] - seconds["import psycopg_pool"]) * 1e3,
+            60,
+        ),
+    ]
+    if BEFORE in seconds:
+        ratio = seconds[RESUME] / seconds[BEFORE]
+        results.targets.append(Target(f"to {RESUME}, times an earlier version", ratio, 0.6))
     yield results
 
 
@@ -102,18 +157,3 @@ def first_calls(url: str) -> tuple[float, float]:
     with postgres(url, schema=SCHEMA) as store:
         store.load("nothing")
         return connected - began, time.perf_counter() - connected
-
-
-def leave_unfinished(url: str) -> None:
-    """Leave a run of so many steps behind, as a crash would."""
-
-    class Crash(BaseException):
-        pass
-
-    def work(step: Step, steps: int) -> None:
-        for nr in range(steps):
-            step(f"step-{nr}", str.ljust, f"{nr}", 298)
-        raise Crash
-
-    with postgres(url, schema=SCHEMA) as store, suppress(Crash):
-        Durable(store).run("long", work, STEPS)

@@ -7,6 +7,7 @@ import textwrap
 from typing import Any
 
 from .contenders import TITLES
+from .figures import short
 
 BLOCK = re.compile(r"(?<=<!-- benchmark -->\n).*?(?=<!-- /benchmark -->)", re.DOTALL)
 
@@ -24,13 +25,16 @@ def headline(results: dict[str, Any]) -> str:
     }
 
     def both(title: str) -> str:
-        return f"{costs[title, '10']} and {costs[title, '10,000']}"
+        return f"{costs[title, '10']} and {costs[title, '5,000']}"
 
+    items = results["tables"]["fan_out"]["rows"]
+    item = next(row for row in items if (row["way"], row["threads"]) == ("step.map", "16"))
     text = (
-        f"In runs of 10 and of 10,000 steps, a step with a result of 300 bytes costs "
+        f"In runs of 10 and of 5,000 steps, a step with a result of 300 bytes costs "
         f"{both('awaitly-postgres')}. On the same server, a prepared INSERT with its commit costs "
         f"{both('bare INSERT')}, a step in DBOS {both('DBOS')}, and one in LangGraph "
-        f"{both('LangGraph')}."
+        f"{both('LangGraph')}. As an item of `step.map` with 16 workers, it costs "
+        f"{item['µs an item']['median'] / 1000:.2f} ms."
     )
     picture = "![Milliseconds per step, and runs per second](tests/benchmark/results.svg)"
     return f"\n{textwrap.fill(text, 115)}\n\n{picture}\n\n"
@@ -49,8 +53,24 @@ def markdown(results: dict[str, Any]) -> str:
     few, many = [_ms(figure) for name, figure in pending.items() if "ms" in name]
     resume = _row(start, "resume 10,000 steps")
     runs = _row(contention, "runs/s")
+    items = tables["fan_out"]["rows"]
+    of_map = next(row for row in items if (row["way"], row["threads"]) == ("step.map", "16"))
+    queue = next((row for row in items if row["way"].startswith("DBOS")), None)
+    accepted = {row["call"]: row["µs a run"]["median"] for row in tables["accepted"]["rows"]}
+    workers = _row(tables["workers"], "16")
     wasted = _row(contention, "acquisitions wasted, %")["16 processes"]["median"]
     found = [
+        f"An item of `step.map` with 16 workers takes {of_map['µs an item']['median']:.0f} µs, "
+        f"{of_map['× floor']['median']:.2f} times one INSERT and commit"
+        + (
+            f"; a workflow on a DBOS queue {queue['µs an item']['median']:,.0f} µs."
+            if queue
+            else "."
+        ),
+        f"`submit` takes {accepted['submit']:.0f} µs, and `submit_many` "
+        f"{accepted['submit_many']:.0f} µs a run.",
+        f"Of runs that wait 20 ms, `resume_pending(workers=16)` completes "
+        f"{workers['× one']['median']:.1f} times as many as one worker.",
         f"`list_pending` takes {few} among 10,000 snapshots and {many} among 1,000,000.",
         "A cron job with nothing to do takes "
         f"{_ms(_row(start, 'cron, nothing to do')['ms'])} from start to exit; psycopg alone, "
@@ -68,6 +88,10 @@ def markdown(results: dict[str, Any]) -> str:
             _table(tables["step_cost_300"]["rows"], tables["whole_runs"]["rows"]),
             textwrap.fill(about, 115),
             "\n".join(textwrap.fill(f"- {text}", 115, subsequent_indent="  ") for text in found),
+            "### Targets",
+            _targets(tables),
+            "### Where the commits of a short run go",
+            _short_run(tables["short_run"]),
             "",
         ]
     )
@@ -80,7 +104,9 @@ def _table(steps: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
         ["ms per step, in runs of", *counts, "round trips", *(f"runs/s, {mode}" for mode in modes)],
         ["---", *["--:"] * (len(counts) + 1 + len(modes))],
     ]
-    for title in TITLES.values():
+    for name, title in TITLES.items():
+        if name == "before":
+            continue
         ours = [row for row in steps if row["contender"] == title]
         costs = {row["steps"]: f"{row['µs of the run']['median'] / 1000:.2f}" for row in ours}
         rates = {
@@ -93,6 +119,25 @@ def _table(steps: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
             by_count = [costs.get(count, "–") for count in counts]
             lines.append([title, *by_count, trips, *(rates.get(mode, "–") for mode in modes)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _targets(tables: dict[str, Any]) -> str:
+    """Every target, met or missed, and why those are missed that are."""
+    lines = ["| target | | measured | |", "| --- | --- | --: | --- |"]
+    for table in tables.values():
+        for target in table["targets"]:
+            limit = f"{'≥' if target['at_least'] else '≤'} {target['limit']:,g}"
+            verdict = "met" if target["met"] else f"**missed.** {target['why']}".strip()
+            lines.append(f"| {target['what']} | {limit} | {short(target['median'])} | {verdict} |")
+    return "\n".join(lines)
+
+
+def _short_run(table: dict[str, Any]) -> str:
+    lines = ["| commit | µs | × a bare INSERT |", "| --- | --: | --: |"]
+    for row in table["rows"]:
+        cells = (short(row[name]["median"]) for name in ("µs", "× a bare INSERT"))
+        lines.append(f"| {row['commit']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _row(table: dict[str, Any], label: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from .figures import Figure, Table, Target
 from .server import Server
 
 MODES = {"1 thread": (1, 1), "16 threads": (1, 16), "8 processes": (8, 1)}
-CONTENDERS = [name for name in TITLES if name != "rewrite"]
+CONTENDERS = [name for name in TITLES if name not in ("rewrite", "before")]
 FASTER_THAN = {"dbos": 5, "langgraph": 3, "langgraph_tasks": 3}
 
 

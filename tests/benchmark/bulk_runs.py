@@ -5,56 +5,49 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 
-from awaitly_postgres import Durable, SnapshotStore, Step, postgres
+from awaitly_postgres import Durable, Step, postgres
 
+from .contenders import Contenders, Work
 from .figures import Figure, Table, Target
+from .rounds import in_rounds
 from .server import Server
 
-SCHEMA = "benchmark_many_runs"
+SCHEMA = "benchmark_bulk"
 WORKERS = 16
 WAIT = 0.02  # seconds, in the step of each run
+ACCEPTED = {
+    "floor": "bare INSERT",
+    "awaitly_submit": "submit",
+    "awaitly_submit_many": "submit_many",
+    "dbos_enqueue": "DBOS enqueue",
+}
 
 
-def measure(server: Server, _: object, rounds: int, quick: bool) -> Iterator[Table]:
-    server.fresh_schema(SCHEMA)
-    with postgres(server.url, schema=SCHEMA, max_size=2) as store:
-        store.create_tables()
-        yield accepted(server, store, rounds, 1_000 if quick else 10_000)
+def measure(server: Server, contenders: Contenders, rounds: int, quick: bool) -> Iterator[Table]:
+    yield accepted(server, contenders, rounds, 1_000 if quick else 10_000)
     yield done(server, rounds, 64 if quick else 800)
 
 
-def nothing(step: Step, nr: int, text: str) -> None:
-    """A run that is only accepted."""
+def accepted(server: Server, contenders: Contenders, rounds: int, count: int) -> Table:
+    table = Table(
+        "accepted",
+        f"{count:,} runs accepted",
+        ("call", "µs a run", "× submit", "CPU, µs", "WAL bytes", "commits"),
+    )
+    table.notes = ["Each with an argument of 100 bytes. submit_many is one call for all of them."]
+    work = dict.fromkeys(contenders.names(*ACCEPTED), Work(count, size=100, runs=1))
+    found = in_rounds(server, contenders, work, rounds)
+    submit = found["awaitly_submit"].run
+    for name, cost in found.items():
+        ratio = cost.run / submit
+        table.add(ACCEPTED[name], cost.run * 1e6, ratio, cost.cpu * 1e6, cost.wal, cost.commits)
+    ratio = found["awaitly_submit_many"].run / submit
+    table.targets.append(Target(f"submit_many of {count:,}, times submit", ratio, 0.15))
+    return table
 
 
 def wait(step: Step, nr: int) -> None:
     step("wait", time.sleep, WAIT)
-
-
-def accepted(server: Server, store: SnapshotStore, rounds: int, count: int) -> Table:
-    table = Table(
-        "submit_many", f"{count:,} runs accepted, in seconds", ("call", "s", "× submit", "µs a run")
-    )
-    durable = Durable(store)
-    durable.workflow(nothing)
-    found: dict[str, list[float]] = {"submit": [], "submit_many": [], "submit_many again": []}
-    for nr in range(rounds):
-        server.settle()
-        runs = {f"{nr}-{run}": (run, "x" * 100) for run in range(count)}
-        began = time.perf_counter()
-        for id, args in runs.items():
-            durable.submit(f"one-{id}", nothing, *args)
-        found["submit"].append(time.perf_counter() - began)
-        for name, new in (("submit_many", count), ("submit_many again", 0)):
-            began = time.perf_counter()
-            assert len(durable.submit_many(nothing, runs)) == new
-            found[name].append(time.perf_counter() - began)
-    figures = {name: Figure(samples) for name, samples in found.items()}
-    for name, figure in figures.items():
-        table.add(name, figure, figure / figures["submit"], figure * (1e6 / count))
-    ratio = figures["submit_many"] / figures["submit"]
-    table.targets.append(Target("submit_many, times submit", ratio, 0.15))
-    return table
 
 
 def done(server: Server, rounds: int, count: int) -> Table:
