@@ -60,7 +60,8 @@ class Found:
     def of(cls, id: str, row: Row) -> Found:
         """Decode a row that ``begin`` or the lookup of a run has returned."""
         size = len(row[0]) + len(row[1] or "")
-        return cls(decode_snapshot(id, row[0], row[1]), size, row[1], row[2])
+        snapshot = decode_snapshot(id, row[0], row[1], keep_texts=True)
+        return cls(snapshot, size, row[1], row[2])
 
     @property
     def unchanged(self) -> dict[str, Any]:

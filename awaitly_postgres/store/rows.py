@@ -22,27 +22,10 @@ from ..snapshot import OURS, STATUSES, Steps, WorkflowSnapshot, as_mapping
 from .text import age, elide, printable, span
 
 __all__ = [
-    "STATES",
-    "STATUSES",
-    "RunInfo",
-    "SnapshotInfo",
-    "State",
-    "StepInfo",
-    "StoreStats",
-    "age",
-    "check_id",
-    "check_state",
-    "elide",
-    "elide_steps",
-    "fold_maps",
-    "is_input",
-    "maps_of",
-    "printable",
-    "read_time",
-    "reasons",
-    "span",
-    "steps_of",
-]
+    "STATES", "STATUSES", "RunInfo", "SnapshotInfo", "State", "StepInfo", "StoreStats", "age",
+    "check_id", "check_state", "elide", "elide_steps", "fold_maps", "is_input", "maps_of",
+    "printable", "read_time", "reasons", "span", "steps_of",
+]  # fmt: skip
 
 State = Literal["pending", "running", "waiting", "retrying", "completed", "failed", "cancelled"]
 
@@ -335,18 +318,25 @@ def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> 
         raise NotSerializable(error.path, error.reason, f"the snapshot for {id!r}") from None
 
 
-def decode_snapshot(id: str, text: str, journal: str | None) -> WorkflowSnapshot:
-    """Read a row: the snapshot, with the steps of its journal laid under it."""
+def decode_snapshot(
+    id: str, text: str, journal: str | None, keep_texts: bool = False
+) -> WorkflowSnapshot:
+    """Read a row: the snapshot, with the steps of its journal laid under it.
+
+    ``keep_texts`` keeps the text of each step, for a run that will write them again.
+    """
     try:
-        document, texts = _json.loads_document(text)
-        appended, appended_texts = _json.loads_members(journal) if journal else ({}, {})
+        document, texts = _json.loads_document(text) if keep_texts else (_json.loads(text), {})
+        appended, in_journal = _json.loads_members(journal or "{}")
     except (ValueError, RecursionError) as error:
         raise SnapshotFormatError(id, [f"it cannot be decoded: {error}"]) from error
     if appended and isinstance(document, dict) and isinstance(document.get("steps"), dict):
         document["steps"] = {**appended, **document["steps"]}
     snapshot = WorkflowSnapshot.from_json(document, id=id)
-    steps = cast(Steps, snapshot.steps).to_json()
-    return evolve(snapshot, steps=Steps(steps, {**appended_texts, **texts}))
+    if keep_texts:
+        steps = cast(Steps, snapshot.steps).to_json()
+        snapshot = evolve(snapshot, steps=Steps(steps, {**in_journal, **texts}))
+    return snapshot
 
 
 def is_input(value: object) -> bool:

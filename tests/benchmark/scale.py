@@ -106,7 +106,7 @@ class Filled:
         return seconds, rows
 
     def list_pending(self, store: SnapshotStore) -> None:
-        assert len(Durable(store).list_pending()) == 100
+        assert len(self.durable(store).list_pending()) == 100
 
     def resume_pending(self, store: SnapshotStore) -> None:
         assert len(self.durable(store).resume_pending(limit=TAKEN)) == TAKEN

@@ -30,8 +30,8 @@ NOTES = [
 ]
 
 WHY_STEPS = (
-    "A step is more than an INSERT: its fence is checked in the same statement, its connection "
-    "survives an interrupt anywhere, and whoever waits joins its commit."
+    "The fenced statement alone takes 1.25 times the processor time of the INSERT. The rest is "
+    "Python: the replay's order, a connection that survives an interrupt anywhere, the group."
 )
 WHY_WAL = "Folding writes what is out of line again, uncompressed where it hardly compresses."
 Trips = dict[str, Figure]  # round trips a step, by contender
