@@ -55,19 +55,19 @@ class Found:
     size: int  # characters of the snapshot and the journal
     journal: str | None  # the steps of the journal as JSON text; they are in the snapshot too
     written_at: str | None  # the row's time, as text
+    appended: int  # how many steps the journal has
 
     @classmethod
     def of(cls, id: str, row: Row) -> Found:
         """Decode a row that ``begin`` or the lookup of a run has returned."""
         size = len(row[0]) + len(row[1] or "")
         snapshot = decode_snapshot(id, row[0], row[1], keep_texts=True)
-        return cls(snapshot, size, row[1], row[2])
+        return cls(snapshot, size, *row[1:4])
 
     @property
     def unchanged(self) -> dict[str, Any]:
         """The parameters of statements that change the run only if it still is as it was read."""
-        length = None if self.journal is None else len(self.journal)
-        return {"seen": self.written_at, "journal_length": length}
+        return {"seen": self.written_at, "appended": self.appended}
 
 
 @frozen

@@ -143,8 +143,8 @@ class Resuming(Options):
         if seen is not None:
             if not rows or moment(rows[0][2]) != seen:
                 raise TouchedMeanwhile(id)
-            if rows[0][3] is not None:
-                raise AlreadyRunning(id, rows[0][3], moment(rows[0][4]))
+            if rows[0][4] is not None:
+                raise AlreadyRunning(id, rows[0][4], moment(rows[0][5]))
         if not rows:
             raise WorkflowNotFound(id)
         found = Found.of(id, rows[0])

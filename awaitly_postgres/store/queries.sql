@@ -100,26 +100,33 @@ END
 -- fragment: journaled_steps -- if no journal
 NULL
 
+-- fragment: appended -- if journal
+-- How many steps the journal has of this run.
+(SELECT count(*) FROM {journal} WHERE id = %(id)s)
+
+-- fragment: appended -- if no journal
+0
+
 -- fragment: clear_journal -- if journal
 -- Sweeps up the journal of one run, as part of the statement that makes it obsolete.
 DELETE FROM {journal} WHERE id = %(id)s
 
--- fragment: folded_steps -- if journal
--- An object with the steps of the snapshot, and those just taken out of the journal laid under
--- them: where both have a key, the snapshot's step counts, as it does for load.
--- Empty if none were taken out: not to copy the steps of a large snapshot saves half the time.
+-- fragment: folded_snapshot -- if journal
+-- The snapshot, with the steps just taken out of the journal laid under its own: where both have a
+-- key, the snapshot's step counts, as it does for load. Each function copies all steps, so none is
+-- called that need not be.
 CASE
-    WHEN EXISTS (SELECT FROM taken_out) THEN jsonb_set('{}', '{"steps"}', COALESCE(
+    WHEN EXISTS (SELECT FROM taken_out) THEN jsonb_set(snapshot, '{"steps"}', COALESCE(
         (SELECT jsonb_object_agg(key, step) FROM taken_out) || (snapshot->'steps'),
         snapshot->'steps',
         'null'
     ))
-    ELSE '{}'
+    ELSE snapshot
 END
 
--- fragment: folded_steps -- if no journal
--- An empty object: there is nothing to fold.
-'{}'::jsonb
+-- fragment: folded_snapshot -- if no journal
+-- There is nothing to fold.
+snapshot
 
 -- fragment: untouched
 -- Whether nobody has written to the run since it was %(seen)s: text as it was returned, NULL for a
@@ -210,6 +217,7 @@ SELECT
     snapshot::text,
     {journaled_steps},
     to_char(updated_at AT TIME ZONE 'UTC', {iso}),
+    {appended},
     split_part(owner_token, '#', 1),
     to_char(expires_at AT TIME ZONE 'UTC', {iso})
 FROM {snapshots}
@@ -368,7 +376,8 @@ WITH existing AS (
     SELECT
         snapshot::text AS snapshot,
         {journaled_steps} AS journal,
-        to_char(updated_at AT TIME ZONE 'UTC', {iso}) AS touched
+        to_char(updated_at AT TIME ZONE 'UTC', {iso}) AS touched,
+        {appended} AS appended
     FROM {snapshots}
     WHERE id = %(id)s
 ),
@@ -394,6 +403,7 @@ SELECT
     (SELECT snapshot FROM existing),
     (SELECT journal FROM existing),
     (SELECT touched FROM existing),
+    (SELECT appended FROM existing),
     to_char(
         COALESCE((SELECT expires_at FROM lease), (SELECT expires_at FROM first_try))
             AT TIME ZONE 'UTC',
@@ -405,8 +415,8 @@ SELECT
 -- A stored run is started again: before any of the user's code runs, this counts the start, sets
 -- the time before which it is not due again, and folds the journal into the snapshot. So a run
 -- that kills its process backs off like one that fails. All of it happens only if nobody has
--- touched the run since it was %(seen)s, and nobody has appended a step, which would make the text
--- of the journal longer; or if the token has the next number already: then the first try landed
+-- touched the run since it was %(seen)s, and nobody has appended a step, so that there are still
+-- %(appended)s; or if the token has the next number already: then the first try landed
 -- and its reply was lost, and writing the same again does no harm. So the caller, who has read the
 -- run, knows what is stored then. FOR UPDATE twice, the lease's row first: what is compared stays
 -- so until it is written.
@@ -416,7 +426,7 @@ untouched AS (
     WHERE id = %(id)s
         AND (
             {untouched}
-            AND length({journaled_steps}) IS NOT DISTINCT FROM %(journal_length)s::bigint
+            AND {appended} = %(appended)s::bigint
             OR EXISTS (SELECT FROM fence WHERE owner_token = %(next)s::text)
         )
         AND EXISTS (SELECT FROM fence)
@@ -432,8 +442,8 @@ numbered AS (
 )                                                                          -- if journal
 UPDATE {snapshots} SET
     updated_at = statement_timestamp(),
-    snapshot = snapshot || jsonb_set(
-        {folded_steps},
+    snapshot = {folded_snapshot} || jsonb_set(
+        '{}',
         '{"metadata"}',
         ({metadata} - '{waits,gaveUpAt,refusal}'::text[])
             || %(metadata)s::jsonb
@@ -634,9 +644,9 @@ WITH found AS (SELECT 1 FROM {snapshots} WHERE id = %(id)s AND {cancellable})
 , cancelled AS (
     UPDATE {snapshots} SET
         updated_at = statement_timestamp(),
-        snapshot = snapshot || jsonb_set(
+        snapshot = {folded_snapshot} || jsonb_set(
             jsonb_set(
-                {folded_steps},
+                '{}',
                 '{"execution"}',
                 COALESCE(snapshot->'execution' || %(execution)s::jsonb, 'null')
             ),
