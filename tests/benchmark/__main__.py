@@ -5,7 +5,7 @@
 Starts a PostgreSQL of its own with fsync on, and installs the others in an environment of their
 own; both are gone afterwards. Everything is measured side by side in one run, in rounds; each
 figure is the median of the rounds, with the lowest and highest in brackets. The whole of it takes
-about three quarters of an hour, means something on a machine that does nothing else, and is
+about half an hour, means something on a machine that does nothing else, and is
 written into ``results.json``, ``results.svg`` and ``README.md`` beside this file, and into the
 project's README.
 """

@@ -134,7 +134,7 @@ def prepare(url: str, folder: Path, without_peers: bool, before: str | None) -> 
     if before:
         earlier, pythons["before"] = folder / "before", Path(sys.executable)
         _check_out(before, earlier)
-        notes.append(f"{TITLES['before']}: the package of commit {before}.")
+        notes.append(f"Earlier version: commit {before}.")
     if without_peers:
         return Contenders(url, pythons, [*notes, "Peers left out, as asked for."], earlier)
     python = folder / "bin" / "python"

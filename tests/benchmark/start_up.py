@@ -24,6 +24,7 @@ TABLES = ("_snapshots", "_snapshots_steps")
 SCHEMA = "benchmark_start"
 STEPS = 10_000
 COLUMNS = ("process", "ms", "peak memory, MB", "ms in its call")
+WHY_IMPORT = "A fifth of it are attrs, the rest are the modules of the package."
 WHY_RESUME = (
     "A start is counted before it runs, which writes the snapshot once more. That is a third of it."
 )
@@ -141,11 +142,13 @@ def measure(server: Server, contenders: Contenders, rounds: int, quick: bool) ->
             "cron with nothing to do, times psycopg's SELECT",
             seconds["cron, nothing to do"] / seconds["psycopg, one SELECT"],
             1.5,
+            why=WHY_IMPORT,
         ),
         Target(
             "importing it, ms more than psycopg and its pool",
             (seconds["import awaitly_postgres"] - seconds["import psycopg_pool"]) * 1e3,
             60,
+            why=WHY_IMPORT,
         ),
     ]
     if BEFORE in seconds:

@@ -30,8 +30,7 @@ NOTES = [
 ]
 
 WHY_STEPS = (
-    "The fenced statement alone takes 1.25 times the processor time of the INSERT. The rest is "
-    "Python: the replay's order, a connection that survives an interrupt anywhere, the group."
+    "The fenced statement alone takes 1.25 times the INSERT's processor time; the rest is Python."
 )
 WHY_WAL = "Folding writes what is out of line again, uncompressed where it hardly compresses."
 Trips = dict[str, Figure]  # round trips a step, by contender

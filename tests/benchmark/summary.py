@@ -128,7 +128,9 @@ def _targets(tables: dict[str, Any]) -> str:
         for target in table["targets"]:
             limit = f"{'≥' if target['at_least'] else '≤'} {target['limit']:,g}"
             verdict = "met" if target["met"] else f"**missed.** {target['why']}".strip()
-            lines.append(f"| {target['what']} | {limit} | {short(target['median'])} | {verdict} |")
+            low, high = short(min(target["samples"])), short(max(target["samples"]))
+            measured = short(target["median"]) + (f" ({low}–{high})" if low != high else "")
+            lines.append(f"| {target['what']} | {limit} | {measured} | {verdict} |")
     return "\n".join(lines)
 
 
