@@ -12,7 +12,7 @@ from .server import Server
 MODES = {"1 thread": (1, 1), "16 threads": (1, 16), "8 processes": (8, 1)}
 CONTENDERS = [name for name in TITLES if name not in ("rewrite", "before")]
 WHY = {
-    "langgraph": "A run of 10 steps is 12 commits, of which the first and the last are the dearest.",
+    "langgraph": "A run of 10 steps is 12 commits; the first and the last are the dearest.",
     "langgraph_tasks": "Its tasks are written in the background, and the last can be lost.",
 }
 FASTER_THAN = {"dbos": 5, "langgraph": 3, "langgraph_tasks": 3}
