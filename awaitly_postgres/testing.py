@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from datetime import datetime, timedelta, timezone
+from datetime import MAXYEAR, datetime, timedelta, timezone
 from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
@@ -20,11 +20,11 @@ import psycopg
 from attrs import define, field, frozen
 
 from . import _json
-from ._checks import moment
 from .durable.durable import Durable
 from .durable.pending import Outcome
 from .errors import WorkflowError, WorkflowSuspended
 from .snapshot import WorkflowSnapshot, as_mapping, timestamp
+from .store.rows import read_time
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
 from .workflow.history import History
@@ -135,10 +135,11 @@ def drain(durable: Durable) -> list[Outcome]:
 
 
 def _closer(ends: Mapping[str, Any], time: timedelta) -> dict[str, str]:
+    moments = {name: read_time(end) for name, end in ends.items()}
     return {
-        name: timestamp(moment(end) - time)
-        for name, end in ends.items()
-        if isinstance(end, str) and not end.startswith("9999")  # which stands for never
+        name: timestamp(moment - time)
+        for name, moment in moments.items()
+        if moment is not None and moment.year < MAXYEAR  # which stands for never
     }
 
 
@@ -202,7 +203,7 @@ class _Trial:
 
     def _wait_for(self, history: History) -> None:
         """Let the time pass until the first of the sleeps and timeouts is over."""
-        ends = [moment(end) for end in history.waits.values() if end is not None]
+        ends = [moment for end in history.waits.values() if (moment := read_time(end))]
         if not ends:
             wanted = ", ".join(map(repr, history.waits))
             raise ValueError(f"the workflow waits for {wanted}; pass signals={{key: value}}")

@@ -280,7 +280,7 @@ def test_two_hundred_threads_share_a_pool_of_two(
     make_store: Callable[..., SnapshotStore], db: psycopg.Connection
 ) -> None:
     """Runs with transactions, all at once: none starves, and none waits for itself."""
-    durable = Durable(make_store(max_size=2))
+    durable = Durable(make_store(max_size=2, retry_for=300))  # for a busy machine
     db.execute("CREATE TABLE effects (id text)")
     gate = threading.Barrier(200)
 

@@ -351,7 +351,7 @@ def test_connections_killed_by_an_administrator_are_replaced(make_store: MakeSto
 
 def test_two_connections_serve_fifty_threads(make_store: MakeStore, db: Db) -> None:
     """Nothing ever needs two connections at once, so threads queue and none starves."""
-    store = make_store(min_size=1, max_size=2)
+    store = make_store(min_size=1, max_size=2, retry_for=300)  # for a busy machine
     durable = Durable(store)
 
     def workflow(step: Step, number: int) -> list[object]:
