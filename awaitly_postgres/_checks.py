@@ -101,3 +101,14 @@ def moment(text: str | None) -> datetime:
         return datetime.fromisoformat(text or "")
     except ValueError:
         return datetime.fromisoformat("9999-12-31T23:59:59+00:00")
+
+
+def read_time(text: object) -> datetime | None:
+    """Read a time of the snapshot format; None for anything else that a row may hold."""
+    if not isinstance(text, str):
+        return None
+    try:
+        time = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return time if time.tzinfo else None

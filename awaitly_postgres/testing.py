@@ -20,11 +20,11 @@ import psycopg
 from attrs import define, field, frozen
 
 from . import _json
+from ._checks import read_time
 from .durable.durable import Durable
 from .durable.pending import Outcome
 from .errors import WorkflowError, WorkflowSuspended
 from .snapshot import WorkflowSnapshot, as_mapping, timestamp
-from .store.rows import read_time
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
 from .workflow.history import History

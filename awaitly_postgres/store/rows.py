@@ -16,7 +16,7 @@ from typing import Any, Literal, cast
 from attrs import evolve, frozen
 
 from .. import _json
-from .._checks import check_id, moment
+from .._checks import check_id, moment, read_time
 from ..errors import NotSerializable, SnapshotFormatError
 from ..snapshot import OURS, STATUSES, Steps, WorkflowSnapshot, as_mapping
 from .text import age, elide, printable, span
@@ -347,17 +347,6 @@ def is_input(value: object) -> bool:
         and isinstance(value["args"], list)
         and isinstance(value["kwargs"], Mapping)
     )
-
-
-def read_time(text: object) -> datetime | None:
-    """Read a time of the snapshot format; None for anything else that a row may hold."""
-    if not isinstance(text, str):
-        return None
-    try:
-        time = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
-        return None
-    return time if time.tzinfo else None
 
 
 def elide_steps(steps: Sequence[StepInfo], most: int) -> list[int]:

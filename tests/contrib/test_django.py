@@ -528,6 +528,7 @@ def tables(db: psycopg.Connection) -> set[str]:
     return {name for (name,) in found}
 
 
+@pytest.mark.usefixtures("site")  # skips where this Django refuses the server
 def test_the_migration_makes_the_tables_and_takes_them_away(
     url: str, db: psycopg.Connection
 ) -> None:
@@ -541,6 +542,7 @@ def test_the_migration_makes_the_tables_and_takes_them_away(
     assert tables(db) == set()
 
 
+@pytest.mark.usefixtures("site")  # skips where this Django refuses the server
 def test_the_migration_leaves_tables_that_are_there_as_they_are(
     url: str, store: SnapshotStore
 ) -> None:
@@ -550,6 +552,7 @@ def test_the_migration_leaves_tables_that_are_there_as_they_are(
     assert [info.id for info in store.list()] == ["before"]
 
 
+@pytest.mark.usefixtures("site")  # skips where this Django refuses the server
 def test_the_second_migration_changes_no_table(url: str, db: psycopg.Connection) -> None:
     """Of a project that has the first one: its runs stay, and there are permissions to grant."""
     columns = (
