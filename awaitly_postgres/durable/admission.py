@@ -47,7 +47,7 @@ class AttemptsExhausted(WorkflowError):
         )
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Found:
     """A stored run as it was read, perhaps before this process had the lease on it."""
 
@@ -70,33 +70,33 @@ class Found:
         return {"seen": self.written_at, "appended": self.appended}
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class New:
     """Admitted: nothing was stored under this id, and now its input is."""
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class TakenUp:
     """Admitted: a stored run is resumed, and this start is counted."""
 
     snapshot: WorkflowSnapshot
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class Finished:
     """Not admitted: the run has already completed, and its output is stored."""
 
     snapshot: WorkflowSnapshot
 
 
-@frozen
+@frozen(eq=False, repr=False)
 class GivenUp:
     """Not admitted: the run has no starts left, and is stored as failed for good."""
 
     error: AttemptsExhausted
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Admission:
     """Acquires the lease on one run, admits one start of it, and releases the lease.
 

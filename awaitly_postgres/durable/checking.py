@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from attrs import define, frozen
+from attrs import frozen
 
 from .. import _json
 from ..errors import SnapshotFormatError, VersionMismatch, WorkflowDrift, WorkflowNotFound
@@ -44,7 +44,6 @@ class Problem:
     key: str | None = None
 
 
-@define(eq=False, slots=False)
 class Checking(Options):
     """The part of `Durable` that checks stored runs against the code."""
 

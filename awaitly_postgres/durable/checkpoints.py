@@ -87,7 +87,7 @@ class Written:
         )
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Checkpoints:
     """The recorder of one durable run: every write is fenced by the lease and by the last write.
 

@@ -14,8 +14,6 @@ from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
-from attrs import define
-
 from .._checks import check_moment, check_seconds
 from ..workflow.codec import encode
 from ..workflow.step import Step
@@ -36,7 +34,6 @@ T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-@define(eq=False, slots=False)
 class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
     """Runs workflows whose recorded steps survive the process, one process at a time per id.
 

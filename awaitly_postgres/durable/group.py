@@ -15,7 +15,7 @@ from ..workflow.mapping import held_lock
 MOST = 1024 * 1024  # characters; a group that has as many takes no further steps
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Waiting:
     """A step that one thread wants to have recorded.
 
@@ -43,7 +43,7 @@ class Waiting:
             self.awake.release()
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Group:
     """The steps of one run that wait to be recorded, and the thread that records them.
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from attrs import define, evolve
+from attrs import evolve
 
 from .. import _json
 from .._checks import check_limit
@@ -33,7 +33,6 @@ _ENDED = ("completed", "failed", "cancelled")
 _POLL = 0.05, 1.0  # seconds between two reads of a run that has not ended: at first, at most
 
 
-@define(eq=False, slots=False)
 class Looking(Options):
     """The part of `Durable` that reads stored runs and changes nothing."""
 

@@ -80,7 +80,7 @@ class Outcome:
     retry_at: datetime | None = None
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Queue:
     """Iterates over the pending runs, each once.
 

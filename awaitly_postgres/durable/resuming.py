@@ -7,8 +7,6 @@ from contextlib import nullcontext
 from datetime import datetime
 from typing import Any
 
-from attrs import define
-
 from .. import _json
 from .._checks import check_limit, moment
 from ..errors import (
@@ -38,7 +36,6 @@ _REFUSALS = (
 )  # no new step ran
 
 
-@define(eq=False, slots=False)
 class Resuming(Options):
     """The part of `Durable` that resumes stored runs."""
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from typing import Any
 
-from attrs import define, evolve, frozen
+from attrs import evolve, frozen
 
 from .. import _json
 from .._checks import check_id
@@ -23,7 +23,6 @@ from .options import Options
 _OUTDATED = ("cancelledAt", "lastStepKey")
 
 
-@define(eq=False, slots=False)
 class Rewinding(Options):
     """The part of `Durable` that returns runs to an earlier step, or makes them due."""
 

@@ -38,7 +38,7 @@ from .registry import Entry
 FAR_FUTURE = "9999-12-31T23:59:59.999Z"  # when a run that waits for a signal is due by itself
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Session:
     """One start of one durable run: it is admitted, executed, and ended."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from attrs import define
-
 from .. import _json
 from .._checks import check_id
 from ..snapshot import timestamp
@@ -15,7 +13,6 @@ from ..workflow.codec import encode
 from .options import Options
 
 
-@define(eq=False, slots=False)
 class Steering(Options):
     """The part of `Durable` that acts on stored runs without running them."""
 

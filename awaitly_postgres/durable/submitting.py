@@ -7,8 +7,6 @@ from datetime import datetime, timezone
 from itertools import islice
 from typing import Any
 
-from attrs import define
-
 from .. import _json
 from ..errors import WorkflowNotFound
 from ..snapshot import compose, timestamp
@@ -19,7 +17,6 @@ from .registry import Entry
 _BATCH = 1000  # runs in one statement
 
 
-@define(eq=False, slots=False)
 class Submitting(Options):
     """The part of `Durable` that stores runs without starting them."""
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .checkpoints import Checkpoints, Written
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class StepTransaction:
     """The transaction of one step: its body, then the fenced write of the step, then the commit.
 

@@ -22,7 +22,7 @@ Attempt = Callable[[SnapshotInfo, InProgress], Outcome]
 Ended = tuple[Outcome | None, BaseException | None]  # what came of a start, or what it raised
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Workers:
     """Starts runs, and tells how they ended: one worker in the caller's thread, more in their own.
 
@@ -128,7 +128,7 @@ class Workers:
                 session.release()
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Pass:
     """One pass over the pending runs.
 

@@ -47,7 +47,7 @@ ROLLBACK = psycopg.Rollback
 _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Database:
     """Where one store's statements run.
 

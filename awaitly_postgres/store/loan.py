@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .pool import OwnPool, Pool
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Loan:
     """One connection from being taken out of a pool to being given back, by one thread."""
 

@@ -40,17 +40,17 @@ PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
 _SILENCE = 30  # seconds after which a connection that nothing comes through is given up
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Pool(ABC):
     """What lends connections; a subclass says where it has them from."""
 
     has_worked: bool = field(default=False, init=False)
-    _pool: ConnectionPool[Any] | None = field(default=None, init=False, repr=False)
+    _pool: ConnectionPool[Any] | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
     _inherited: bool = field(default=False, init=False)
     _is_known_to_be_small: bool = field(default=False, init=False)
     # No WeakSet: that calls Python code when a loan dies, and there Ctrl-C would be swallowed.
-    _loans: set[Loan] = field(factory=set, init=False, repr=False)
+    _loans: set[Loan] = field(factory=set, init=False)
 
     def __attrs_post_init__(self) -> None:
         _pools.add(self)
@@ -184,7 +184,7 @@ class Pool(ABC):
         self._inherited = self._inherited or (self._pool is not None and not self._pool.closed)
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class GivenPool(Pool):
     """A pool of the caller's: used as it is, and never closed."""
 
@@ -198,19 +198,19 @@ class GivenPool(Pool):
         return self._given
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class OwnPool(Pool):
     """A pool that is opened when it is first used, and closed at the end.
 
     ``conninfo`` may be a function, which is then called at first use.
     """
 
-    _conninfo: str | Callable[[], str] = field(repr=False)
+    _conninfo: str | Callable[[], str]
     _min_size: int = 0
     _max_size: int = 10
-    _kwargs: Mapping[str, Any] = field(factory=dict, repr=False)
-    _lock: Lock = field(factory=Lock, init=False, repr=False)
-    _finalizer: weakref.finalize[Any, Any] | None = field(default=None, init=False, repr=False)
+    _kwargs: Mapping[str, Any] = field(factory=dict)
+    _lock: Lock = field(factory=Lock, init=False)
+    _finalizer: weakref.finalize[Any, Any] | None = field(default=None, init=False)
 
     def __attrs_post_init__(self) -> None:
         if not 0 <= self._min_size <= check_limit(self._max_size, "max_size"):

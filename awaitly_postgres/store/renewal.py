@@ -20,7 +20,7 @@ from .lease import Lease
 _LINGER = 1.0  # seconds for which the thread waits for another lease before it ends
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class _Renewer:
     """Renews what is kept, every third of its ttl, until `drop` or until nobody holds it.
 

@@ -16,7 +16,7 @@ from .loan import Loan
 OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Transaction:
     """One transaction whose connection is not lost, wherever an interrupt strikes.
 

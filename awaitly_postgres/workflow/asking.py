@@ -24,7 +24,7 @@ class Interrupted(BaseException):
         self.error = error
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Asking:
     """The part of `Run` that decides which step may be asked for now.
 

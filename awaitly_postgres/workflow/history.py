@@ -15,7 +15,7 @@ from ..snapshot import Steps, WorkflowSnapshot, as_mapping
 Recorded = Mapping[str, Any]  # a step, decoded: nobody else has this value
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class History:
     """The recorded steps of one run, and how far this start has got through them.
 

@@ -18,7 +18,7 @@ A = TypeVar("A")
 T = TypeVar("T")
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Map(Generic[A, T]):
     """One call of `Step.map`: replays the items that are recorded, and runs the others.
 
@@ -97,7 +97,7 @@ def held_lock() -> _thread.LockType:
     return lock
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Threads:
     """Calls ``work`` with each number of ``todo``, in ``count`` threads, until it returns False.
 

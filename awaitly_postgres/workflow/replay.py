@@ -19,7 +19,7 @@ class FirstNewStep(AwaitlyError):
     """The workflow has asked for a step that is not recorded, which would run now."""
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Replay(Run):
     """A start that runs no step and records nothing: it ends where the first new step would run.
 

@@ -29,7 +29,7 @@ from .history import Recorded
 T = TypeVar("T")
 
 
-@define(eq=False)
+@define(eq=False, repr=False)
 class Run(Asking):
     """One start of a workflow function over its history.
 
