@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from attrs import define, evolve, field, frozen
+from attrs import define, evolve, field
 
 from .. import _json
 from .._checks import moment
@@ -21,70 +21,7 @@ from ..workflow.history import History
 from .group import Group
 from .pending import pause_after
 from .transaction import StepTransaction
-
-# Both in characters. PostgreSQL moves rows larger than MAX_INLINE to its TOAST table, and rewriting
-# them there costs more than appending a step. Folding less than MIN_FOLDED is not worth it.
-MAX_INLINE, MIN_FOLDED = 2 * 1024, 8 * 1024
-
-
-@frozen
-class Written:
-    """What a run has stored so far, as far as it is known to have landed.
-
-    Each write of the snapshot has a number, which it puts into the lease's token. A step appended
-    to the journal has no number, so the write that follows it names the step's key instead.
-    """
-
-    number: int = 0  # of the last write of the snapshot known to have landed
-    tried: int = 0  # of the last one sent: greater than number while its outcome is unknown
-    size: int = 0  # characters in the snapshot as of that write
-    appended: int = 0  # characters appended to the journal since
-    last_appended: str | None = None  # the key of the last step appended since
-    journal_is_empty: bool = False
-    is_outdated: bool = False  # the stored snapshot has steps that this start has dropped
-    has_progressed: bool = False  # this start has recorded a step that succeeded
-
-    @property
-    def must_be_rewritten(self) -> bool:
-        """Whether the snapshot must be rewritten before another step can be appended.
-
-        A rewrite whose reply was lost could still land, after the append, and erase the step.
-        """
-        return self.is_outdated or self.tried > self.number
-
-    def takes_appended(self, size: int) -> bool:
-        """Return whether to append a step of ``size`` characters to the journal.
-
-        A small snapshot is rewritten whole with each step, so that one table holds everything. For
-        a larger one that would take quadratic time, so steps are appended to the journal until it
-        has grown as large as the snapshot; then one rewrite folds it in.
-        """
-        grown = self.appended + size
-        small = self.size + grown <= MAX_INLINE
-        due = grown >= max(MIN_FOLDED, self.size)
-        return not (small or due or self.must_be_rewritten)
-
-    def trying_append(self) -> Written:
-        """Return the state while an append is under way: the journal may already have the step."""
-        return evolve(self, journal_is_empty=False) if self.journal_is_empty else self
-
-    def after_append(self, key: str, size: int) -> Written:
-        """Return the state after an append of ``size`` characters that has landed."""
-        return evolve(self, appended=self.appended + size, last_appended=key)
-
-    def trying_rewrite(self) -> Written:
-        """Return the state while a rewrite of the snapshot is under way."""
-        return evolve(self, tried=self.tried + 1)
-
-    def after_rewrite(self, size: int) -> Written:
-        """Return the state after the last rewrite sent has landed, which folded the journal."""
-        return Written(
-            self.tried,
-            self.tried,
-            size,
-            journal_is_empty=True,
-            has_progressed=self.has_progressed,
-        )
+from .written import Written
 
 
 @define(eq=False, repr=False)
@@ -112,7 +49,7 @@ class Checkpoints:
     document: Callable[[], str]
     open_transaction: OpenTransaction | None
     attempts: int = 0  # starts since the run last made progress, this one included
-    written: Written = Written()
+    written: Written = field(factory=Written)
     in_doubt: str | None = None  # the step whose commit has an unknown outcome
     # Held for each write, so that a run's writes are sent one at a time. Always acquired after the
     # pooled connection: a thread that waited for one while holding it could wait for threads that
@@ -300,27 +237,32 @@ class Checkpoints:
         return f"{self.token}#{number}" if number else self.token
 
     def _note_progress(self, steps: Iterable[str]) -> None:
-        progressed = any(step.startswith('{"ok":true') for step in steps)
-        if progressed and not self.written.has_progressed:
+        if not self.written.has_progressed and any(s.startswith('{"ok":true') for s in steps):
             self.written = evolve(self.written, has_progressed=True)
 
     def _write(self, conn: Connection, steps: Mapping[str, str]) -> bool:
         """Write steps that the history has, by key, whichever way is cheaper."""
         self._note_progress(steps.values())
-        if self._sql.journal and self.written.takes_appended(_size(steps)):
-            return self._append(conn, self._sql.append, steps)
+        if self._sql.journal and self.written.takes_appended(size := _size(steps)):
+            return self._append(conn, self._sql.append, steps, size)
         return self._rewrite(conn)
 
-    def _append(self, conn: Connection, statement: bytes, steps: Mapping[str, str]) -> bool:
-        params = {**self.next_write(), "steps": _json.join(steps)}
-        # Valid only on the last rewrite known to have landed. If this append arrives late, after a
-        # newer rewrite, it must change nothing: that rewrite does not count on these steps, and the
-        # end of the run would leave them behind in a journal believed empty.
-        params["tokens"] = _array([params["base"]])
-        self.written = self.written.trying_append()
+    def _append(
+        self, conn: Connection, statement: bytes, steps: Mapping[str, str], size: int
+    ) -> bool:
+        written = self.written = self.written.trying_append()
+        params = {
+            "id": self.key,
+            "base": self._numbered(written.number),
+            "last": written.last_appended,
+            "steps": _json.join(steps),
+            # for append_in_transaction and append_isolated
+            "ttl": self.ttl,
+            "token": self.token,
+        }
         if not execute(conn, statement, params, prepare=True):
             return False
-        self.written = self.written.after_append([*steps][-1], _size(steps))
+        self.written = written.after_append([*steps][-1], size)
         return True
 
     def _rewrite(self, conn: Connection, expired: str | None = None) -> bool:
@@ -347,7 +289,7 @@ class Checkpoints:
         self._note_progress([step])
         if sql.journal:
             statement = sql.append_isolated if isolated else sql.append_in_transaction
-            return self._append(conn, statement, {key: step})
+            return self._append(conn, statement, {key: step}, len(key) + len(step))
         if not isolated:
             return self._rewrite(conn)
         params = {**self.next_write(), "snapshot": self.document(), "pause": self._pause()}

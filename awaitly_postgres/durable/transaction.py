@@ -13,9 +13,10 @@ from ..errors import LeaseLost, StoreUnavailable
 from ..store.connection import is_isolated
 from ..store.database import ROLLBACK, Connection, driver_error, fetch
 from ..store.transaction import Transaction
+from .written import Written
 
 if TYPE_CHECKING:
-    from .checkpoints import Checkpoints, Written
+    from .checkpoints import Checkpoints
 
 
 @define(eq=False, repr=False)

@@ -165,7 +165,7 @@ class Database:
             self.make_tables_at_first(conn)
             return work(conn)
 
-        return self.pool.lend(with_tables, self.patience)
+        return self.pool.lend(work if self._tables_seen else with_tables, self.patience)
 
     @property
     def patience(self) -> float:

@@ -181,6 +181,18 @@ AND owner_token = ANY(%(tokens)s::text[])
 AND expires_at > statement_timestamp()
 AND {last_step_is_there}  -- if journal
 
+-- fragment: append_is_next -- if journal
+-- The same for an appended step. It lands only on the last rewrite known to have landed: if it
+-- arrives late, after a newer one, it must change nothing. That rewrite does not count on the step,
+-- and the end of the run would leave it behind in a journal believed empty.
+workflow_id = %(id)s
+AND owner_token = %(base)s::text
+AND expires_at > statement_timestamp()
+AND (
+    %(last)s::text IS NULL
+    OR EXISTS (SELECT FROM {journal} WHERE id = %(id)s AND key = %(last)s::text)
+)
+
 -- fragment: numbered_fence
 -- For a write of the snapshot: gives the token its next number, and renews the lease. Repeated
 -- after a lost reply, the write takes another number and may follow its own first try, which is in
@@ -501,7 +513,7 @@ ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 INSERT INTO {journal} (id, key, step)
 SELECT workflow_id, new.key, new.value
 FROM {leases} AS lease, jsonb_each(%(steps)s::jsonb) AS new
-WHERE {write_is_next}
+WHERE {append_is_next}
 FOR UPDATE OF lease
 ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
@@ -509,7 +521,7 @@ ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 -- The last statement of step.transaction. It renews the lease as well, for nobody can from here
 -- until the commit.
 WITH fence AS (
-    UPDATE {leases} SET expires_at = {lease_end} WHERE {write_is_next} RETURNING 1
+    UPDATE {leases} SET expires_at = {lease_end} WHERE {append_is_next} RETURNING 1
 )
 {append_step}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from awaitly_postgres.durable.checkpoints import MAX_INLINE, MIN_FOLDED, Written
+from awaitly_postgres.durable.written import MAX_INLINE, MIN_FOLDED, Written
 
 SIZES = st.integers(1, 3 * MIN_FOLDED)
 
