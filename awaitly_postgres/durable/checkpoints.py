@@ -175,11 +175,13 @@ class Checkpoints:
                 # Composed once: from a retry, the caller can tell by the document whether an
                 # earlier try landed. A retry after that finds no lease and changes nothing.
                 document = document or compose()
-                finish = (
-                    self._sql.finish if self.written.journal_is_empty else self._sql.finish_and_fold
+                sql, params = self._sql, {**self.next_write(), "snapshot": document, "pause": pause}
+                finish = sql.finish if self.written.journal_is_empty else sql.finish_and_fold
+                done = bool(execute(conn, finish, params, prepare=True)) or bool(
+                    # somebody has deleted the snapshot: store it again, and then end
+                    execute(conn, sql.write_anew, params)
+                    and execute(conn, finish, params, prepare=True)
                 )
-                params = {**self.next_write(), "snapshot": document, "pause": pause}
-                done = bool(execute(conn, finish, params, prepare=True))
                 for step in in_flight if done else ():
                     step.recorded = True
                 return done

@@ -40,6 +40,10 @@
 -- * What a write computes from its columns is immutable, as Citus demands: jsonb_set() and ||, not
 --   jsonb_build_object(); times as they are, not to_char(). A subquery that names a column of the
 --   query around it has neither LIMIT nor an aggregate without GROUP BY on the id.
+-- * Citus hands an UPDATE or DELETE on to the shard as it is, WITH and all, but an INSERT only
+--   without WITH. It pulls the rows of these to the coordinator, which costs several times as much:
+--     save, save_under_lease, create, begin, acquire, take_over, write_anew, expire,
+--     append_in_transaction, append_isolated, write_isolated
 -- * These ask every shard, since they name no id:
 --     list, runs, pending, unfinished, where_state, stats, stored_calls, create_many,
 --     prunable, delete_many, delete_many_journals, sweep_journal, sweep_locks
@@ -562,9 +566,9 @@ WITH {numbered_fence}
 {rewrite_snapshot}
 
 -- name: write_anew
--- Sent if write or fold have changed no row: if that is because somebody has deleted it, it is
--- stored again. Otherwise the fence refuses this as well. Its number is that of the first, which it
--- may follow.
+-- Sent if write, fold or finish have changed no row: if that is because somebody has deleted it, it
+-- is stored again. Otherwise the fence refuses this as well. Its number is that of the first, which
+-- it may follow.
 WITH {numbered_fence}
 {write_snapshot}
 
@@ -613,18 +617,28 @@ SELECT 1 FROM {leases} WHERE {token_is_ours} FOR UPDATE
 
 -- A run ends ---------------------------------------------------------------------------------
 
+-- fragment: end_is_stored
+-- Whether the last document of a run was stored; the lease's row is locked before.
+fence AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE),
+stored AS ({rewrite_snapshot} RETURNING 1)
+
+-- fragment: release_if_stored
+-- If somebody has deleted the snapshot, there was none to rewrite, and the lease is still needed.
+DELETE FROM {leases} WHERE workflow_id = %(id)s AND EXISTS (SELECT FROM stored)
+
 -- name: finish
 -- How the run ended, and the lease is given back: both or neither, in one round trip. Repeated
 -- after a lost reply it finds no lease and changes nothing; the caller then loads the snapshot
--- to see whether this end is the one that is stored.
-WITH {releasing_fence}
-{write_snapshot}
+-- to see whether this end is the one that is stored. If it has changed nothing, write_anew and this
+-- are sent.
+WITH {end_is_stored}
+{release_if_stored}
 
 -- name: finish_and_fold
 -- The same for a run whose journal is not empty.
-WITH {releasing_fence}
+WITH {end_is_stored}
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
-{write_snapshot}
+{release_if_stored}
 
 -- name: discard
 -- The end of a completed run of which nothing is to be kept (on_complete="delete").

@@ -301,6 +301,25 @@ def test_without_journal_the_third_table_is_left_alone(
 # -- a journal without its snapshot --------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [10, 3_000])
+def test_a_run_whose_snapshot_was_deleted_is_stored_again_at_its_end(
+    durable: Durable, db: DB, size: int
+) -> None:
+    """With all its steps, in the journal or not; and the lease is given back."""
+
+    @durable.workflow
+    def workflow(step: Step) -> str:
+        for key in ("a", "b", "c"):
+            step(key, filled, key, size)
+        db.execute("DELETE FROM awaitly_snapshots")
+        return "done"
+
+    assert durable.run("id", workflow) == "done"
+    assert (durable.result("id"), durable.get("id").step_count) == ("done", 3)
+    assert journal(db, "id") == []
+    assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
+
+
 @pytest.mark.parametrize("anew", ["run", "submit", "save", "save under a lease"])
 def test_journal_of_a_deleted_id_never_comes_back(durable: Durable, db: DB, anew: str) -> None:
     """Whatever begins under an id again begins with nothing.

@@ -400,6 +400,18 @@ def test_what_asks_every_shard_is_listed_in_one_place() -> None:
     assert set(re.findall(r"\w+", listed[1])) == naming_none
 
 
+def test_what_citus_pulls_to_the_coordinator_is_listed_in_one_place() -> None:
+    """Its router plans no INSERT that has a WITH, nor a WITH that has an INSERT."""
+    file = Path(awaitly_postgres.__file__).parent / "store/queries.sql"
+    listed = re.search(
+        r"It pulls the rows of these.*?:\n((?:--     .*\n)+)", file.read_text("utf-8")
+    )
+    pulled = {
+        name for name in WRITES if re.search(rb"^WITH .*\bINSERT\b", composed(True).texts[name])
+    }
+    assert set(re.findall(r"\w+", listed[1])) == pulled
+
+
 @pytest.mark.parametrize("name", READS_AND_HOUSEKEEPING)
 def test_a_subquery_can_be_handed_on_to_the_shards(name: str) -> None:
     """Citus takes no LIMIT in one that names a column of the query around it, nor a bare
