@@ -258,9 +258,7 @@ class Checkpoints:
             "base": self._numbered(written.number),
             "last": written.last_appended,
             "steps": _json.join(steps),
-            # for append_in_transaction and append_isolated
-            "ttl": self.ttl,
-            "token": self.token,
+            "token": self.token,  # for append_isolated
         }
         if not execute(conn, statement, params, prepare=True):
             return False
@@ -290,7 +288,7 @@ class Checkpoints:
         sql = self._sql
         self._note_progress([step])
         if sql.journal:
-            statement = sql.append_isolated if isolated else sql.append_in_transaction
+            statement = sql.append_isolated if isolated else sql.append
             return self._append(conn, statement, {key: step}, len(key) + len(step))
         if not isolated:
             return self._rewrite(conn)

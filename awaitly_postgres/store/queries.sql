@@ -43,7 +43,7 @@
 -- * Citus hands an UPDATE or DELETE on to the shard as it is, WITH and all, but an INSERT only
 --   without WITH. It pulls the rows of these to the coordinator, which costs several times as much:
 --     save, save_under_lease, create, begin, acquire, take_over, write_anew, expire,
---     append_in_transaction, append_isolated, write_isolated
+--     append_isolated, write_isolated
 -- * These ask every shard, since they name no id:
 --     list, runs, pending, unfinished, where_state, stats, stored_calls, create_many,
 --     prunable, delete_many, delete_many_journals, sweep_journal, sweep_locks
@@ -503,17 +503,13 @@ WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
 
 -- A step is recorded -------------------------------------------------------------------------
 
--- fragment: append_step -- if journal
--- One step or several, of threads that wait for their commit together: all or none, so the write
--- that follows need name only the last. Repeated, it writes the same.
-INSERT INTO {journal} (id, key, step)
-SELECT %(id)s, new.key, new.value FROM fence, jsonb_each(%(steps)s::jsonb) AS new
-ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
-
 -- name: append -- if journal
--- Steps of a run whose snapshot is large. The lease's row is locked, not updated: renewing it
--- is the background thread's work. Here the fence is the query itself, which Citus hands on to the
--- shard as it is; from a WITH it would fetch the row first.
+-- One step or several, of threads that wait for their commit together: all or none, so the write
+-- that follows need name only the last. Repeated, it writes the same. It is also the last statement
+-- of step.transaction. The lease's row is locked, not updated: renewing it is the background
+-- thread's work, and until a transaction ends nobody can take the lease, even if it runs out. Here
+-- the fence is the query itself, which Citus hands on to the shard as it is; from a WITH it would
+-- fetch the row first.
 INSERT INTO {journal} (id, key, step)
 SELECT workflow_id, new.key, new.value
 FROM {leases} AS lease, jsonb_each(%(steps)s::jsonb) AS new
@@ -521,18 +517,12 @@ WHERE {append_is_next}
 FOR UPDATE OF lease
 ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
--- name: append_in_transaction -- if journal
--- The last statement of step.transaction. It renews the lease as well, for nobody can from here
--- until the commit.
-WITH fence AS (
-    UPDATE {leases} SET expires_at = {lease_end} WHERE {append_is_next} RETURNING 1
-)
-{append_step}
-
 -- name: append_isolated -- if journal
 -- The same above READ COMMITTED.
 WITH {isolated_fence}
-{append_step}
+INSERT INTO {journal} (id, key, step)
+SELECT %(id)s, new.key, new.value FROM fence, jsonb_each(%(steps)s::jsonb) AS new
+ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
 -- fragment: write_snapshot
 -- The whole document as it stands.

@@ -190,7 +190,7 @@ WRITES = [
     *("save", "create", "begin", "take_up", "give_up", "refuse"),
     *("write", "fold", "write_anew", "expire"),
     *("finish", "finish_and_fold"),
-    *("append", "append_in_transaction", "append_isolated", "write_isolated"),
+    *("append", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),
     *("discard", "delete", "cancel", "rewind", "make_due", "move_times", "signal"),
     *("acquire", "take_over", "save_under_lease", "renew", "release"),
@@ -215,7 +215,7 @@ READS_AND_HOUSEKEEPING = [
     *("sweep_journal", "sweep_locks", "tables_exist", "schema_exists", "serialize_ddl"),
     *("citus", "citus_worker"),
 ]
-NEEDING_A_JOURNAL = {"append", "append_in_transaction", "append_isolated"}
+NEEDING_A_JOURNAL = {"append", "append_isolated"}
 NEEDING_A_JOURNAL |= {"delete_many_journals", "sweep_journal"}
 TABLES = {"snaps": "id", "snaps_steps": "id", "locks": "workflow_id"}
 
