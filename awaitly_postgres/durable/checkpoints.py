@@ -245,24 +245,23 @@ class Checkpoints:
     def _write(self, conn: Connection, steps: Mapping[str, str]) -> bool:
         """Write steps that the history has, by key, whichever way is cheaper."""
         self._note_progress(steps.values())
-        if self._sql.journal and self.written.takes_appended(size := _size(steps)):
-            return self._append(conn, self._sql.append, steps, size)
+        text, last_key = _json.join(steps), [*steps][-1]
+        if self._sql.journal and self.written.takes_appended(len(text)):
+            return self._append(conn, self._sql.append, text, last_key)
         return self._rewrite(conn)
 
-    def _append(
-        self, conn: Connection, statement: bytes, steps: Mapping[str, str], size: int
-    ) -> bool:
+    def _append(self, conn: Connection, statement: bytes, steps: str, last_key: str) -> bool:
         written = self.written = self.written.trying_append()
         params = {
             "id": self.key,
             "base": self._numbered(written.number),
             "last": written.last_appended,
-            "steps": _json.join(steps),
+            "steps": steps,
             "token": self.token,  # for append_isolated
         }
         if not execute(conn, statement, params, prepare=True):
             return False
-        self.written = written.after_append([*steps][-1], size)
+        self.written = written.after_append(last_key, len(steps))
         return True
 
     def _rewrite(self, conn: Connection, expired: str | None = None) -> bool:
@@ -289,7 +288,7 @@ class Checkpoints:
         self._note_progress([step])
         if sql.journal:
             statement = sql.append_isolated if isolated else sql.append
-            return self._append(conn, statement, {key: step}, len(key) + len(step))
+            return self._append(conn, statement, _json.join({key: step}), key)
         if not isolated:
             return self._rewrite(conn)
         params = {**self.next_write(), "snapshot": self.document(), "pause": self._pause()}
@@ -335,7 +334,3 @@ class Checkpoints:
 def _array(tokens: Iterable[str]) -> str:
     """Write a PostgreSQL array of text. As a list, psycopg would take longer than for all else."""
     return f"{{{','.join(map(_json.quote, tokens))}}}"
-
-
-def _size(steps: Mapping[str, str]) -> int:
-    return sum(len(key) + len(step) for key, step in steps.items())

@@ -52,7 +52,14 @@ class Written:
 
     def after_append(self, key: str, size: int) -> Written:
         """Return the state after an append of ``size`` characters that has landed."""
-        return evolve(self, appended=self.appended + size, last_appended=key)
+        return Written(
+            self.number,
+            self.tried,
+            self.size,
+            self.appended + size,
+            key,
+            has_progressed=self.has_progressed,
+        )
 
     def trying_rewrite(self) -> Written:
         """Return the state while a rewrite of the snapshot is under way."""
