@@ -272,9 +272,14 @@ class Checkpoints:
         self.written = self.written.trying_rewrite()
         sql = self._sql
         rewrite = sql.write if self.written.journal_is_empty else sql.fold
-        ways = [rewrite, sql.write_anew] if expired is None else [sql.expire]
-        if not any(execute(conn, way, params, prepare=True) for way in ways):
-            return False
+        if expired is not None:
+            rewrite = sql.expire
+        if not execute(conn, rewrite, params, prepare=True):
+            # Somebody has deleted the snapshot: store it again. If the fence has refused the write,
+            # the token has not got its number, and this finds no lease.
+            params["tokens"] = _array([params["next"]])
+            if not execute(conn, sql.write_anew, params):
+                return False
         self.written = self.written.after_rewrite(len(params["snapshot"]))
         return True
 

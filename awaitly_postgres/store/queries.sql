@@ -38,12 +38,15 @@
 --   lock, and then the token does not match, whatever the time. Nobody can have done so while the
 --   statement holds the row.
 -- * What a write computes from its columns is immutable, as Citus demands: jsonb_set() and ||, not
---   jsonb_build_object(); times as they are, not to_char(). A subquery that names a column of the
---   query around it has neither LIMIT nor an aggregate without GROUP BY on the id.
+--   jsonb_build_object(); times as they are, not to_char(). In a CASE or COALESCE of what an UPDATE
+--   sets, such a call stands in a SELECT of its own. A subquery that names a column of the query
+--   around it has neither LIMIT nor an aggregate without GROUP BY on the id.
+-- * Citus computes every branch of a CASE before it sends the statement, also those not taken. So
+--   none may fail, whatever the parameters are.
 -- * Citus hands an UPDATE or DELETE on to the shard as it is, WITH and all, but an INSERT only
---   without WITH. It pulls the rows of these to the coordinator, which costs several times as much:
---     save, save_under_lease, create, begin, acquire, take_over, write_anew, expire,
---     append_isolated, write_isolated
+--   without WITH, and with the id from a column of the row that it selects.
+--   It pulls the rows of these to the coordinator, which costs several times as much:
+--     save, save_under_lease, create, begin, acquire, take_over
 -- * These ask every shard, since they name no id:
 --     list, runs, pending, unfinished, where_state, stats, stored_calls, create_many,
 --     prunable, delete_many, delete_many_journals, sweep_journal, sweep_locks
@@ -66,9 +69,11 @@
 to_char(statement_timestamp() AT TIME ZONE 'UTC', {stored_iso})
 
 -- fragment: pause_end
--- When a run is due again that is not to be taken up for %(pause)s seconds.
+-- When a run is due again that is not to be taken up for %(pause)s seconds; NULL, not an error, for
+-- an infinite pause.
 to_char(
-    (statement_timestamp() + make_interval(secs => %(pause)s::float8)) AT TIME ZONE 'UTC',
+    (statement_timestamp() + make_interval(secs => NULLIF(%(pause)s::float8, 'infinity')))
+        AT TIME ZONE 'UTC',
     {stored_iso}
 )
 
@@ -211,14 +216,6 @@ fence AS (
 -- For the last write of a run: fence and release in one.
 fence AS (DELETE FROM {leases} WHERE {write_is_next} RETURNING 1)
 
--- fragment: isolated_fence
--- For a write inside a transaction above READ COMMITTED. That sees the lease's row as it was
--- when the transaction began, and could not write it if it was renewed since. So it only locks
--- the row, weakly: FOR KEY SHARE lets us renew the lease, and lets nobody take it over until the
--- commit. If it was taken over already, locking fails, because taking over deletes the row.
--- Whether the history is all there was checked when the transaction began, by check_history.
-fence AS (SELECT FROM {leases} WHERE {token_is_ours} FOR KEY SHARE)
-
 
 -- Snapshots ----------------------------------------------------------------------------------
 
@@ -257,7 +254,7 @@ ON CONFLICT (id) DO UPDATE SET snapshot = EXCLUDED.snapshot, updated_at = EXCLUD
 -- The same under a lease that the caller holds. No number is checked, since whoever has the
 -- lease may write anything. It may run in a transaction of the caller's, at whatever level:
 -- above READ COMMITTED expires_at may be that of before a renewal, so there only the lock
--- counts; see isolated_fence.
+-- counts; see append_isolated.
 WITH fence AS (
     SELECT FROM {leases}
     WHERE {token_is_ours}
@@ -330,7 +327,7 @@ SELECT to_char(expires_at AT TIME ZONE 'UTC', {iso}) FROM lease
 -- then an earlier try got it, and only the reply was lost. A locked row is not free, for its
 -- holder is writing; SKIP LOCKED says so at once instead of waiting. The row is deleted and
 -- inserted, not updated, so that a transaction above READ COMMITTED of the previous holder fails
--- at its fence: it could still lock an updated row; see isolated_fence.
+-- at its fence: it could still lock an updated row; see append_isolated.
 WITH free AS (
     SELECT workflow_id FROM {leases}
     WHERE workflow_id = %(id)s AND (expires_at <= statement_timestamp() OR owner_token = %(token)s)
@@ -477,9 +474,9 @@ UPDATE {snapshots} SET
     updated_at = statement_timestamp(),
     snapshot = snapshot || jsonb_set(
         jsonb_set('{}', '{"execution"}', COALESCE(
-            (snapshot->'execution') || jsonb_build_object(
+            (snapshot->'execution') || (SELECT jsonb_build_object(
                 'status', 'failed', 'lastUpdated', {stored_now}, 'completedAt', {stored_now}
-            ),
+            )),
             'null'
         )),
         '{"metadata"}',
@@ -518,28 +515,28 @@ FOR UPDATE OF lease
 ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
 -- name: append_isolated -- if journal
--- The same above READ COMMITTED.
-WITH {isolated_fence}
+-- The same in a transaction above READ COMMITTED. That sees the lease's row as it was when the
+-- transaction began, and could not write it if it was renewed since. So it only locks the row,
+-- weakly: FOR KEY SHARE lets us renew the lease, and lets nobody take it over until the commit. If
+-- it was taken over already, locking fails, because taking over deletes the row. Whether the
+-- history is all there was checked when the transaction began, by check_history.
 INSERT INTO {journal} (id, key, step)
-SELECT %(id)s, new.key, new.value FROM fence, jsonb_each(%(steps)s::jsonb) AS new
+SELECT workflow_id, new.key, new.value
+FROM {leases} AS lease, jsonb_each(%(steps)s::jsonb) AS new
+WHERE {token_is_ours}
+FOR KEY SHARE OF lease
 ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
--- fragment: write_snapshot
--- The whole document as it stands.
-INSERT INTO {snapshots} (id, snapshot, updated_at)
-SELECT %(id)s, {dated_document}, statement_timestamp()
-FROM fence
-{keep_signals}
-
 -- fragment: rewrite_snapshot
--- The same for a row that is there. As an UPDATE it is one query to one shard on Citus. Signals are
--- kept as in keep_signals.
+-- The whole document as it stands, for a row that is there: as an UPDATE it is one query to one
+-- shard on Citus. Signals are kept as in keep_signals.
 UPDATE {snapshots} SET
     updated_at = statement_timestamp(),
     snapshot = CASE
-        WHEN snapshot->'metadata' ? 'signals'
-        THEN jsonb_set({dated_document}, '{metadata,signals}', snapshot->'metadata'->'signals')
-        ELSE {dated_document}
+        WHEN snapshot->'metadata' ? 'signals' THEN jsonb_set(
+            (SELECT {dated_document}), '{metadata,signals}', snapshot->'metadata'->'signals'
+        )
+        ELSE (SELECT {dated_document})
     END
 WHERE id = %(id)s AND EXISTS (SELECT FROM fence)
 
@@ -556,17 +553,24 @@ WITH {numbered_fence}
 {rewrite_snapshot}
 
 -- name: write_anew
--- Sent if write, fold or finish have changed no row: if that is because somebody has deleted it, it
--- is stored again. Otherwise the fence refuses this as well. Its number is that of the first, which
--- it may follow.
-WITH {numbered_fence}
-{write_snapshot}
+-- Sent if write, fold, expire or finish have changed no row: if that is because somebody has
+-- deleted it, it is stored again. Otherwise the fence, which is the query itself as in append,
+-- refuses this as well. All but finish have given the token its next number by then, so here
+-- %(tokens)s is that one alone: with those before, a signal that came before expire would be
+-- overwritten.
+INSERT INTO {snapshots} (id, snapshot, updated_at)
+SELECT workflow_id, {dated_document}, statement_timestamp()
+FROM {leases}
+WHERE {write_is_next}
+FOR UPDATE
+{keep_signals}
 
 -- name: expire
--- The same where the document says that step.wait(%(key)s) has timed out: nothing happens if a
--- signal for it is there. The snapshot's row is locked before it is looked at, so a signal that is
--- being sent is waited for; and one that waits for this statement finds what it has written, and
--- is refused. Repeated after a lost reply, it writes the same: no signal was taken since.
+-- Rewrites the snapshot, empty journal or not, where it says that step.wait(%(key)s) has timed out:
+-- nothing happens if a signal for it is there. The snapshot's row is locked before it is looked at,
+-- so a signal that is being sent is waited for; and one that waits for this statement finds what it
+-- has written, and is refused. Repeated after a lost reply, it writes the same: no signal was taken
+-- since.
 WITH ours AS (SELECT FROM {leases} WHERE {write_is_next} FOR UPDATE),
 stored AS (
     SELECT COALESCE(snapshot->'metadata'->'signals' ? %(key)s::text, false) AS answered
@@ -582,13 +586,17 @@ fence AS (
     RETURNING 1
 )
 , swept AS ({clear_journal} AND EXISTS (SELECT FROM fence))  -- if journal
-{write_snapshot}
+{rewrite_snapshot}
 
 -- name: write_isolated
 -- Rewrites the snapshot at the end of a step.transaction above READ COMMITTED, for stores
--- without a journal; the others append.
-WITH {isolated_fence}
-{write_snapshot}
+-- without a journal; the others append. The lock is that of append_isolated.
+INSERT INTO {snapshots} (id, snapshot, updated_at)
+SELECT workflow_id, {dated_document}, statement_timestamp()
+FROM {leases}
+WHERE {token_is_ours}
+FOR KEY SHARE
+{keep_signals}
 
 -- name: check_history
 -- The first statement of a transaction above READ COMMITTED, whose fence at the end cannot check

@@ -310,8 +310,8 @@ def test_every_write_names_exactly_one_id(name: str, text: str) -> None:
         if part.startswith("INSERT"):
             columns, values = re.search(r"\(([\w, ]+)\) (?:SELECT|VALUES) ?\(?(.*)", part).groups()
             assert columns.split(", ")[0] == TABLES[table]
-            if name == "append":  # of the lease's row, which is that of the id
-                fence = r'workflow_id, .* FROM "locks" AS lease, .* WHERE workflow_id = %\(id\)s'
+            if values.startswith("workflow_id,"):  # of the lease's row, which is that of the id
+                fence = r'.* FROM "locks"( AS lease, .*)? WHERE workflow_id = %\(id\)s'
                 assert re.match(fence, values)
             else:
                 assert values.startswith("%(id)s") or (name == "save" and values.startswith("id,"))
@@ -401,15 +401,54 @@ def test_what_asks_every_shard_is_listed_in_one_place() -> None:
 
 
 def test_what_citus_pulls_to_the_coordinator_is_listed_in_one_place() -> None:
-    """Its router plans no INSERT that has a WITH, nor a WITH that has an INSERT."""
+    """Its router plans no INSERT that has a WITH, nor a WITH that has an INSERT, and no INSERT of a
+    query whose id is not a column."""
     file = Path(awaitly_postgres.__file__).parent / "store/queries.sql"
     listed = re.search(
         r"It pulls the rows of these.*?:\n((?:--     .*\n)+)", file.read_text("utf-8")
     )
-    pulled = {
-        name for name in WRITES if re.search(rb"^WITH .*\bINSERT\b", composed(True).texts[name])
-    }
+    pulls = re.compile(rb"^WITH .*\bINSERT\b|^INSERT .*?\) SELECT (?!workflow_id,)")
+    pulled = {name for name in WRITES if pulls.search(composed(True).texts[name])}
     assert set(re.findall(r"\w+", listed[1])) == pulled
+
+
+@statements
+def test_a_case_that_an_update_sets_calls_what_is_immutable(
+    name: str, text: str, db: psycopg.Connection
+) -> None:
+    """And a COALESCE likewise; else the call stands in a query of its own, which Citus computes
+    first."""
+    query = "SELECT proname FROM pg_proc WHERE prokind = 'f' AND provolatile <> 'i'"
+    mutable = {function for (function,) in db.execute(query)}
+    for update in re.finditer(r"UPDATE \S+ SET", text):
+        part = text[update.end() : end_of_clause(text, update.end())]
+        while subquery := re.search(r"\(SELECT ", part):
+            part = f"{part[: subquery.start()]}…{part[end_of_clause(part, subquery.end()) + 1 :]}"
+        for call in re.finditer(r"(\w+)\(", part):
+            before = part[: call.start()]
+            while (without := re.sub(r"\([^()]*\)", "", before)) != before:
+                before = without  # of calls that have ended
+            is_choice = "COALESCE(" in before or before.count("CASE ") > before.count(" END")
+            assert not (is_choice and call[1] in mutable), call[1]
+
+
+def end_of_clause(text: str, at: int) -> int:
+    """Where a closing parenthesis, or a WHERE, ends what begins at ``at``."""
+    depth = 0
+    for token in re.finditer(r"[()]|\bWHERE\b|$", text[at:]):
+        if depth == 0 and token[0] != "(":
+            break
+        depth += {"(": 1, ")": -1}.get(token[0], 0)
+    return at + token.start()
+
+
+@statements
+def test_an_infinite_pause_fails_in_no_branch(name: str, text: str, db: psycopg.Connection) -> None:
+    """Nor does none at all: Citus computes every branch of a CASE, also those not taken."""
+    for interval in re.finditer(r"make_interval\(", text):
+        call = text[interval.start() : end_of_clause(text, interval.end()) + 1]
+        for pause in (None, float("inf")):
+            db.execute(f"SELECT {call}", {"pause": pause, "ttl": 60.0})
 
 
 @pytest.mark.parametrize("name", READS_AND_HOUSEKEEPING)
