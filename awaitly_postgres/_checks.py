@@ -44,7 +44,7 @@ def check_id(id: object, what: str = "id", room: int = 0) -> str:
     except UnicodeEncodeError:
         raise ValueError(f"{what} {id!r} contains a lone surrogate") from None
     if size > MAX_ID:
-        raise ValueError(f"{what} {id[:40]!r}… has {size:,} bytes, at most {MAX_ID:,} fit")
+        raise ValueError(f"{what} {id[:40]!r}… is {size:,} bytes long, but {MAX_ID:,} is the limit")
     return str(id)
 
 
@@ -65,15 +65,15 @@ def check_status(status: str | None) -> str | None:
 def check_ttl(ttl: float) -> float:
     """Return ``ttl``, in seconds, if it is positive and below 10**9, else raise ValueError."""
     if not 0 < ttl < 10**9:
-        raise ValueError(f"ttl must be a positive number of seconds, not {ttl!r}")
+        raise ValueError(f"ttl must be more than 0 and less than 10**9 seconds, not {ttl!r}")
     return float(ttl)
 
 
 def check_seconds(duration: float | timedelta, name: str = "duration") -> float:
-    """Return a duration in seconds if it is one that can be waited for, else raise ValueError."""
+    """Return a duration in seconds if it is at least 0 and below 10**9, else raise ValueError."""
     seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
     if isinstance(seconds, bool) or not 0 <= seconds < 10**9:
-        raise ValueError(f"{name} must be a number of seconds from 0 up, not {duration!r}")
+        raise ValueError(f"{name} must be from 0 to less than 10**9 seconds, not {duration!r}")
     return float(seconds)
 
 
@@ -82,11 +82,11 @@ def check_moment(time: datetime, name: str) -> datetime:
     if not isinstance(time, datetime):
         raise TypeError(f"{name} must be a datetime, not {type(time).__name__}")
     if time.utcoffset() is None:
-        raise ValueError(f"{name} must be aware, with a time zone; {time!r} has none")
+        raise ValueError(f"{name} must be an aware datetime; {time!r} has no time zone")
     try:
         return time.astimezone(timezone.utc)
     except OverflowError:
-        raise ValueError(f"{name} must be a time that UTC has, not {time!r}") from None
+        raise ValueError(f"{name} {time!r} is out of range in UTC") from None
 
 
 def check_on_drift(on_drift: str) -> None:
@@ -96,15 +96,20 @@ def check_on_drift(on_drift: str) -> None:
 
 
 def moment(text: str | None) -> datetime:
-    """Read a time that the server wrote; one that Python cannot hold (infinity) is year 9999."""
+    """Parse a time that the server returned; one beyond Python's range (infinity) is year 9999."""
     try:
         return datetime.fromisoformat(text or "")
     except ValueError:
         return datetime.fromisoformat("9999-12-31T23:59:59+00:00")
 
 
+def as_count(value: object) -> int:
+    """Return ``value`` if it is a positive integer, else 0: anyone can edit the metadata."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
 def read_time(text: object) -> datetime | None:
-    """Read a time of the snapshot format; None for anything else that a row may hold."""
+    """Parse a time of the snapshot format; return None for anything else that a row may hold."""
     if not isinstance(text, str):
         return None
     try:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from .errors import NotSerializable
 
-MAX_DEPTH = 250  # levels in a document; `_write` takes two frames for each, Python allows 1,000
+MAX_DEPTH = 250  # levels in a document; `_write` needs two frames per level, Python allows 1,000
 VALUE_DEPTH = 240  # levels in a value, which is stored some levels deep in a document
 MAX_BYTES = 268_435_455  # JENTRY_OFFLENMASK in PostgreSQL's utils/jsonb.h
 
@@ -46,7 +46,7 @@ def dumps(value: Any, path: str = "$", depth: int = MAX_DEPTH) -> str:
     except (TypeError, ValueError, RecursionError):
         text = _write(value, path, depth)
     else:
-        # The text may contain a float that JSONB would change, or a NUL: look closely.
+        # The text may contain a float that JSONB would change, or a NUL: check closely.
         suspect = "e+" in text or "-0.0" in text or "\\u0000" in text
         if suspect or not _is_plain(value, depth):
             text = _write(value, path, depth)
@@ -247,5 +247,5 @@ def _qualified(kind: type) -> str:
 
 
 def shorten(text: str, most: int = 80) -> str:
-    """Cut ``text``, for a message, after so many characters."""
+    """Cut ``text``, for a message, after ``most`` characters."""
     return text if len(text) <= most else f"{text[:most]}…"

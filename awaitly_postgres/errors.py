@@ -25,7 +25,7 @@ from attrs import define
 
 
 class AwaitlyError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base class of all errors of this package."""
 
 
 @define(slots=False)
@@ -39,7 +39,7 @@ class StoreError(AwaitlyError):
 
 
 class StoreUnavailable(StoreError):
-    """The database could not be reached for ``retry_for`` seconds, as long as the store retries."""
+    """The database could not be reached, although the store retried for ``retry_for`` seconds."""
 
 
 @define(slots=False)
@@ -63,7 +63,7 @@ class SnapshotError(AwaitlyError):
 class SnapshotFormatError(SnapshotError):
     """The document is not a workflow snapshot.
 
-    ``errors`` describes every fault in it; ``id`` is what it is stored as, None if it is not.
+    ``errors`` describes every fault in it; ``id`` is its id, None if it is not stored.
     """
 
     id: str | None
@@ -74,8 +74,8 @@ class SnapshotFormatError(SnapshotError):
         if self.id is None:
             return f"the given snapshot is not valid: {faults}. Correct it first."
         return (
-            f"the snapshot stored as {self.id!r} is not valid: {faults}. "
-            f"Correct the row, or call delete_state({self.id!r}) to start afresh."
+            f"the snapshot stored as {self.id!r} is not valid: {faults}. Correct the row (or the "
+            f"codec, if that failed), or call delete_state({self.id!r}) to discard it."
         )
 
 
@@ -119,14 +119,14 @@ class AlreadyRunning(WorkflowError):
         until = f" until {self.expires_at:%Y-%m-%d %H:%M:%S%z}" if self.expires_at else ""
         return (
             f"workflow {self.id!r} is running elsewhere: its lease is held by "
-            f"{(self.holder or 'another process')[:200]}{until} unless renewed. Try again later: "
-            "the lease of a process that has died is not renewed."
+            f"{(self.holder or 'another process')[:200]}{until} unless renewed. Try again later; "
+            "if that process has died, the lease expires."
         )
 
 
 @define(slots=False)
 class WorkflowNotFound(WorkflowError):
-    """Nothing that can be resumed is stored under this id, or its workflow is not registered.
+    """No resumable run is stored under this id, or its workflow is not registered.
 
     ``workflow`` is the name that is not registered; None if there is nothing to resume.
     """
@@ -137,8 +137,8 @@ class WorkflowNotFound(WorkflowError):
     def __str__(self) -> str:
         if self.workflow is None:
             return (
-                f"nothing that can be resumed is stored as {self.id!r}. "
-                "Start it with run(id, fn, ...), which also takes over hand-saved snapshots."
+                f"no resumable run is stored as {self.id!r}. "
+                "Start it with run(id, fn, ...), which also continues snapshots saved by hand."
             )
         return (
             f"{self.id!r} belongs to workflow {self.workflow!r}, which is not registered here. "
@@ -165,17 +165,16 @@ class WorkflowConflict(WorkflowError):
                 "that the snapshot was made with, or another snapshot."
             )
         return (
-            f"{self.id!r} is taken: it was started with {self.what} {self.stored} "
-            f"and this call has {self.given}. Use another id, or call delete_state({self.id!r}) "
-            "first."
+            f"{self.id!r} is taken: it was started with {self.what} {self.stored}, "
+            f"not {self.given}. Use another id, or call delete_state({self.id!r}) first."
         )
 
 
 @define(slots=False)
 class VersionMismatch(WorkflowError):
-    """The stored state was recorded by another version of the workflow; no step ran.
+    """The run was recorded by another version of the workflow; no step ran.
 
-    ``stored`` is the version of the state, ``requested`` that of the code.
+    ``stored`` is the version of the run, ``requested`` that of the code.
     """
 
     id: str | None
@@ -183,12 +182,12 @@ class VersionMismatch(WorkflowError):
     requested: int
 
     def __str__(self) -> str:
-        way_out = 'pass on_version_mismatch="clear" or a migration, or delete its state.'
+        way_out = 'pass on_version_mismatch="clear" or a migration, or delete the run.'
         if self.id is None:  # in memory
             way_out = "migrate the snapshot, or start without it."
         return (
-            f"{_subject(self.id)} has state of version {self.stored}, but the code is version "
-            f"{self.requested}; nothing ran. Run the old code to finish it, {way_out}"
+            f"{_subject(self.id)} was recorded by version {self.stored}, but the code is version "
+            f"{self.requested}; no step ran. Run the old code to finish it, {way_out}"
         )
 
 
@@ -196,9 +195,9 @@ class VersionMismatch(WorkflowError):
 class WorkflowDrift(WorkflowError):
     """The code no longer asks for its recorded steps; the run stopped, and nothing was erased.
 
-    ``key`` is the step or map it asked for instead (None: the function returned); ``unreached`` are
-    the keys of the recorded steps that it did not ask for. ``counts`` is how many items a map had
-    when it was recorded and how many it has now, if it asked for other items.
+    ``key`` is the step or map it asked for instead (None: the function returned); ``unreached`` has
+    the keys of the recorded steps that it did not ask for. ``counts``, for a map with other items
+    than recorded, is the number of items recorded and the number now.
     """
 
     id: str | None
@@ -217,7 +216,7 @@ class WorkflowDrift(WorkflowError):
         return (
             f"{_subject(self.id)} {did}: the code has changed since they were recorded, so the run "
             "was stopped. Restore the old steps, increase version= with a migration, or delete the "
-            "state."
+            "run."
         )
 
 
@@ -232,7 +231,7 @@ class DuplicateStepKey(WorkflowError):
         return (
             f"{_subject(self.id)} used step key {self.key!r} twice in one run. "
             "Each step needs its own key: in a loop, put the loop variable into it; in a map, "
-            "name= must tell the items apart."
+            "name= must return a different name for each item."
         )
 
 
@@ -258,23 +257,24 @@ class StepFailed(WorkflowError):
 
 @define(slots=False)
 class LeaseLost(WorkflowError):
-    """The lease expired, was taken over or was released; the write that found out changed nothing.
+    """The lease expired, was taken over or was released; this write changed nothing.
 
-    Also raised when the database has lost steps that the run had recorded.
+    Also raised if the database has lost steps that the run had recorded.
     """
 
     id: str
 
     def __str__(self) -> str:
         return (
-            f"the lease on {self.id!r} is lost: it expired, was taken over or was released. "
-            "This write changed nothing; the run can be resumed from what is recorded."
+            f"the lease on {self.id!r} is lost: it expired, was taken over or was released, or the "
+            "database has lost recorded steps. This write changed nothing; the run can be resumed "
+            "from what is stored."
         )
 
 
 @define(slots=False)
 class WorkflowSuspended(WorkflowError):
-    """The run waits, in step ``key``, for a time or a signal; everything so far is recorded."""
+    """The run is waiting, in step ``key``, for a time or a signal. This is not a failure."""
 
     id: str | None
     key: str
@@ -288,7 +288,7 @@ class WorkflowSuspended(WorkflowError):
 
 @define(slots=False)
 class WaitTimedOut(WorkflowError):
-    """No signal came within the timeout of ``step.wait(key)``. Signals that come now are refused.
+    """No signal came within the timeout of ``step.wait(key)``. Later signals are refused.
 
     Unlike most of these errors, a workflow can catch it with ``except Exception`` and go on.
     """
@@ -317,7 +317,7 @@ class WorkflowCancelled(WorkflowError):
 
 
 class WrongType(TypeError, ValueError):
-    """An argument of the wrong type where callers may catch ``ValueError`` too (ids, step keys)."""
+    """An argument of the wrong type, where callers may also catch ``ValueError`` (ids, keys)."""
 
 
 def _subject(id: str | None) -> str:

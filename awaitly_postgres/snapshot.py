@@ -16,12 +16,12 @@ from .errors import SnapshotFormatError
 
 FORMAT_VERSION = 1
 STATUSES = ("running", "completed", "failed")
-# Metadata that holds for one snapshot only: the next one writes it anew or leaves it out.
+# Metadata that applies to one snapshot only: the next one rewrites it or leaves it out.
 TRANSIENT_METADATA = (
     "output", "failure", "failures", "waits", "sleeps", "settled", "wakeAt", "gaveUpAt",
     "deadlines", "refusal",
 )  # fmt: skip
-# All metadata that this package writes. What the user gives is stored under "custom".
+# All metadata that this package writes. The user's own is stored under "custom".
 OURS = (
     *TRANSIENT_METADATA, "input", "workflow", "version", "attempts", "submittedAt", "cancelledAt",
     "lastStepKey", "signals", "custom", "keyGeneration",
@@ -162,7 +162,7 @@ class WorkflowSnapshot:
         execution: the status of the run.
         metadata: the name and version of the workflow, its input and output, and what the user
             added; None if there is none.
-        warnings: what the JavaScript package noted about steps it could not serialise; kept as is.
+        warnings: those of the JavaScript package about steps it could not serialise; kept as is.
 
     Example:
         >>> snapshot = WorkflowSnapshot.from_json({

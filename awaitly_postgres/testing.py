@@ -1,4 +1,4 @@
-"""For the tests of workflows: crash them everywhere, let time pass, finish what is due."""
+"""Helpers for testing workflows: crash them everywhere, let time pass, finish what is due."""
 
 from __future__ import annotations
 
@@ -52,20 +52,20 @@ def crash_everywhere(
 ) -> dict[str, int]:
     """Run ``workflow`` whole, then crash it at each place where a process can die, and resume it.
 
-    Those places are before each step, after its work, and after its record. Everything happens in
-    memory. The bodies of the steps really run, whenever a process would run them; a body that runs
-    again has its first result or exception recorded again, so what it returns may be random. Sleeps
-    and timeouts pass at once.
+    Those places are before each step, after its work, and after it is recorded. Everything happens
+    in memory. The bodies of the steps really run, whenever a process would run them; if a body runs
+    again, its first result or exception is recorded again, so its result may be random. Sleeps and
+    timeouts pass at once.
 
-    A whole run is also replayed in processes that order sets differently, if ``workflow`` and its
-    arguments can be pickled; functions inside functions can be where cloudpickle is installed.
+    A whole run is also replayed in processes with a different order of sets, if ``workflow`` and
+    its arguments can be pickled. With cloudpickle installed, nested functions can be pickled, too.
 
     Args:
         workflow: the workflow function.
         *args: its arguments after the `Step`.
         signals: what each ``step.wait`` gets, by key. Those without a signal time out.
-        conn: where ``step.transaction`` runs, in savepoints. Each run on it is rolled back in the
-            end, and so is a step that is crashed before it is recorded.
+        conn: the connection for ``step.transaction``, in savepoints. Each run on it is rolled back
+            in the end, and so is a step that crashes before it is recorded.
         codec: the one of the `Durable`, if it has one.
         **kwargs: its keyword arguments.
 
@@ -74,10 +74,9 @@ def crash_everywhere(
         where the crash came between its work and its record.
 
     Raises:
-        AssertionError: after a crash, the result or the order of the steps has come out different.
-            The message names the place. The code between the steps then does not lead to the same
-            steps each time (a clock, a random number, the order of a set), or a body cannot be
-            repeated.
+        AssertionError: after a crash, the result or the order of the steps was different. The
+            message names the place. Either the code between the steps is not deterministic (a
+            clock, a random number, the order of a set), or the body of a step cannot be repeated.
         ValueError: the workflow waits for a signal that was not given.
 
     Example:
@@ -97,10 +96,10 @@ def crash_everywhere(
 
 
 def pass_time(durable: Durable, time: timedelta) -> None:
-    """Bring what unfinished runs wait for closer by ``time``: sleeps, timeouts, pauses, delays.
+    """Let ``time`` pass for unfinished runs: for their sleeps, timeouts, pauses and delays.
 
-    The server's clock is not changed: it is the stored times that are. Runs that a process has at
-    the moment, and those that wait for no time, are left as they are.
+    The server's clock is not changed; the stored times are. Runs that a process is running, and
+    those that wait for no time, are left as they are.
 
     Example:
         >>> durable.submit("trial-1", trial_period)
@@ -206,7 +205,10 @@ class _Trial:
         ends = [moment for end in history.waits.values() if (moment := read_time(end))]
         if not ends:
             wanted = ", ".join(map(repr, history.waits))
-            raise ValueError(f"the workflow waits for {wanted}; pass signals={{key: value}}")
+            raise ValueError(
+                f"the workflow waits for a signal to {wanted}, and none was given; "
+                "pass signals={key: value}"
+            )
         self.now = max(self.now, min(ends))
 
     def _end_of(
@@ -242,7 +244,7 @@ class _Trial:
         raise AssertionError(
             f"after {what}, {difference}. The code between the steps must do the same each time: "
             "put clocks, random numbers and other systems into steps, and sort sets. The body of a "
-            "step must bear repetition."
+            "step must be repeatable."
         )
 
     # -- called by the runs ----------------------------------------------------------------

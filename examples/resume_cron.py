@@ -52,7 +52,7 @@ def main() -> int:
         error = f"{type(outcome.error).__name__}: {outcome.error}"
         print(f"{outcome.id} failed at attempt {outcome.attempts}: {error}", file=sys.stderr)
     if terminal:
-        print(f"{len(outcomes)} taken up, {len(failed)} failed", file=sys.stderr)
+        print(f"{len(outcomes)} resumed, {len(failed)} failed", file=sys.stderr)
     return 1 if failed else 0
 
 

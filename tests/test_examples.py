@@ -197,7 +197,7 @@ def test_resume_cron_shows_progress_on_a_terminal(
     assert "order-1: charge-card ..." in screen
     assert "completed  order-1\r\n" in screen
     assert "failed     order-2\r\n" in screen
-    assert screen.endswith("2 taken up, 1 failed\r\n")
+    assert screen.endswith("2 resumed, 1 failed\r\n")
     assert statuses(store) == {"order-1": "completed", "order-2": "failed"}
 
 

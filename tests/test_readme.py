@@ -414,12 +414,13 @@ def test_errors_table_is_the_tree() -> None:
 
 
 def test_every_public_name_is_explained() -> None:
-    """What can be imported, called or set is on the page."""
-    missing = [name for name in awaitly_postgres.__all__ if not re.search(rf"\b{name}\b", README)]
+    """What can be imported, called or set is in the README, or on the store's page."""
+    text = README + PAGES[FORMAT]
+    missing = [name for name in awaitly_postgres.__all__ if not re.search(rf"\b{name}\b", text)]
     for kind in (SnapshotStore, Durable):
         methods = {name for name, _ in inspect.getmembers(kind, inspect.isfunction)}
         public = {name for name in methods if not name.startswith("_")} - {"key"}
-        missing += [f"{kind.__name__}.{name}" for name in public if f"`{name}(" not in README]
+        missing += [f"{kind.__name__}.{name}" for name in public if f"`{name}(" not in text]
     options = set(inspect.signature(postgres).parameters)
     options |= {field.name for field in fields(Durable) if field.init and field.kw_only}
     missing += [name for name in options if f"`{name}`" not in README]

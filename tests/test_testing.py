@@ -149,7 +149,7 @@ def test_sleeps_and_timeouts_pass_at_once_and_signals_are_given() -> None:
         return []
 
     assert crash_everywhere(work, signals={"approval": {"by": "Ada"}}).keys() == {"book"}
-    with pytest.raises(ValueError, match="waits for 'approval'"):
+    with pytest.raises(ValueError, match="waits for a signal to 'approval'"):
         crash_everywhere(work)
 
 

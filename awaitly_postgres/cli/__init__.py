@@ -30,8 +30,8 @@ class _Commands(click.Group):
             return super().invoke(ctx)
         except SchemaMissing as error:
             raise WrongInput(
-                f"{error.message} 'awaitly-postgres init' makes the tables; if they are there "
-                "under another name, give --table and --schema."
+                f"{error.message} 'awaitly-postgres init' creates the tables; if they exist under "
+                "another name, give --table and --schema."
             ) from None
         except AwaitlyError as error:
             raise click.ClickException(printable(str(error), keep="\n\t")) from None
@@ -44,7 +44,7 @@ class _Commands(click.Group):
 @click.version_option(__version__, prog_name="awaitly-postgres")
 @click.pass_context
 def cli(ctx: click.Context, /, **place: Any) -> None:
-    """Inspect, steer and resume stored workflows.
+    """Inspect, manage and resume stored workflows.
 
     Exit status: 0 done; 1 something failed; 2 wrong input, or no connection: nothing was done.
     """

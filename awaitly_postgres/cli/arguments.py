@@ -19,7 +19,7 @@ from ..store.rows import STATES, RunInfo, check_id, printable
 
 
 class WrongInput(click.ClickException):
-    """Nothing was done; the message says what to do instead."""
+    """Wrong input: nothing was done, and the message says what to do instead."""
 
     exit_code = 2
 
@@ -55,7 +55,7 @@ def duration(value: str) -> timedelta:
         total = sum((timedelta(**{units[u]: int(n)}) for n, u in parts), timedelta())
         if total < timedelta(days=365 * 1000):
             return total
-    raise click.BadParameter(f"{value!r} is too long")
+    raise click.BadParameter(f"{value!r} is too long; the limit is 1,000 years")
 
 
 # -- where the tables are ------------------------------------------------------------------
@@ -78,7 +78,7 @@ class Place:
     options: dict[str, Any]
 
     def store(self, prefix: str = "", needs_server: bool = True) -> SnapshotStore:
-        """Make the store, and check that its server answers: if not, that is wrong input."""
+        """Create the store; raise `WrongInput` if its server does not answer."""
         options = {name: value for name, value in self.options.items() if value}
         url = options.pop("url", None) or os.environ.get("DATABASE_URL")
         if not url and needs_server:
@@ -149,5 +149,7 @@ def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunInfo]:
 
 
 def not_stored(ids: Sequence[str]) -> WrongInput:
-    """Return the error that says so."""
-    return WrongInput(f"nothing is stored as {', '.join(map(repr, ids))}")
+    """Return the error for ids that are not stored."""
+    return WrongInput(
+        f"nothing is stored as {', '.join(map(repr, ids))}; 'awaitly-postgres list' shows what is"
+    )

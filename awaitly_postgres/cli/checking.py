@@ -20,7 +20,7 @@ from .worker import import_durable
 @json_option
 @click.pass_context
 def check(ctx: click.Context, /, durable: Durable, prefix: str, as_json: bool) -> None:
-    """Tell which unfinished workflows this code could not continue.
+    """Report the unfinished workflows that this code could not continue.
 
     Each is replayed up to its first new step. No step runs and nothing is written; the code
     between the steps does run. MODULE:DURABLE is imported, the current directory first.

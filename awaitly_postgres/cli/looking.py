@@ -38,7 +38,7 @@ _PAGE = 500
 def list_(place: Place, prefix: str, state: State | None, limit: int, as_json: bool) -> None:
     """List what is stored, newest first.
 
-    LEASE is the process that is running it, as host:pid; NEXT is when it can be resumed.
+    LEASE is the process that is running it, as host:pid; NEXT is when it continues.
     """
     rows = list(_walk(Durable(place.store()), prefix, state, limit))
     if as_json:

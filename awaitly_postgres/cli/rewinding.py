@@ -1,4 +1,4 @@
-"""The commands that take runs back: rewind, fork and retry."""
+"""The commands that return runs to an earlier step: rewind, fork and retry."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def fork(place: Place, id: str, new_id: str, key: str) -> None:
 def retry(place: Place, id: str) -> None:
     """Make a workflow due now, whatever pause it has and however often it failed.
 
-    The next 'resume' takes it up.
+    The next 'resume' starts it.
     """
     store = place.store()
     if not Durable(store).retry(id):

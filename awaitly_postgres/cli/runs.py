@@ -105,7 +105,7 @@ def signal(place: Place, id: str, key: str, value: tuple[Any]) -> None:
         raise click.BadParameter(str(error), param_hint="JSON") from None
     if not accepted:
         (row,) = stored(store, [id])
-        why = f"already has an answer for {key!r}, or its wait timed out, or no Durable started it"
+        why = f"already has an answer for {key!r}, its wait timed out, or no Durable started it"
         if row.state in ("completed", "cancelled"):
             why = f"is {row.state}"
         raise click.ClickException(f"{id!r} {why}")
@@ -153,5 +153,7 @@ def unlock(place: Place, id: str, yes: bool) -> None:
             err=True,
         )
     if not store.revoke_lease(id, row.holder):
-        raise click.ClickException("the lease has been released or taken over in the meantime")
+        raise click.ClickException(
+            f"the lease on {id!r} has been released or taken over in the meantime; nothing was done"
+        )
     out.print("unlocked")

@@ -23,7 +23,7 @@ from .text import Line, err, in_lines, out, span, write
 
 
 class Stopped(BaseException):
-    """A signal came, and the workflow that was running then has ended."""
+    """A signal arrived, and the workflow that was running has ended."""
 
 
 def import_durable(target: str) -> Durable:
@@ -45,13 +45,13 @@ def import_durable(target: str) -> Durable:
             raise click.BadParameter(f"{module_name!r} has no {path!r}")
         found = getattr(found, name)
     if not isinstance(found, Durable):
-        raise click.BadParameter(f"{target!r} is not a Durable but a {type(found).__name__}")
+        raise click.BadParameter(f"{target!r} is a {type(found).__name__}, not a Durable")
     return found
 
 
 @define
 class Worker:
-    """Resumes workflows and reports each. After a signal it starts no more of them."""
+    """Resumes workflows and reports each. After a signal it starts no more."""
 
     durable: Durable
     verbose: bool = False
@@ -151,7 +151,7 @@ class Worker:
 
 
 def _lines(outcome: Outcome, seconds: float | None, verbose: bool) -> list[Line]:
-    """Say what came of a run in one line, or in more if its error has more."""
+    """Describe an outcome in one line, or more if its error has several."""
     line: Line = [(f"{outcome.status:<9}", outcome.status), (f"  {printable(outcome.id)}", "")]
     line += [] if seconds is None else [(f"  {span(seconds)}", "dim")]
     error = outcome.error

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
 from attrs import define, field, frozen
 
 from .. import _json
-from .._checks import moment
+from .._checks import as_count, moment
 from ..errors import (
     AlreadyRunning,
     AwaitlyError,
     WorkflowCancelled,
     WorkflowError,
 )
-from ..snapshot import WorkflowSnapshot
+from ..snapshot import WorkflowSnapshot, as_mapping
 from ..store import lease as leases
 from ..store import renewal
 from ..store.database import Database, Row, fetch
@@ -31,7 +31,7 @@ from .registry import Entry
 
 
 class TouchedMeanwhile(AwaitlyError):
-    """Another process has worked on the run since it was listed as pending."""
+    """Another process has written to the run since it was listed as pending."""
 
     def __init__(self, id: str) -> None:
         super().__init__(f"another process got to {id!r} first")
@@ -42,7 +42,7 @@ class AttemptsExhausted(WorkflowError):
 
     def __init__(self, id: str, attempts: int) -> None:
         super().__init__(
-            f"workflow {id!r} was started {attempts} times without progress, and is given up. "
+            f"workflow {id!r} was started {attempts} times without progress and was given up. "
             f"resume({id!r}) starts it again."
         )
 
@@ -66,7 +66,7 @@ class Found:
 
     @property
     def unchanged(self) -> dict[str, Any]:
-        """The parameters of statements that change the run only if it still is as it was read."""
+        """The parameters of statements that change the run only if it is still as it was read."""
         return {"seen": self.written_at, "appended": self.appended}
 
 
@@ -91,7 +91,7 @@ class Finished:
 
 @frozen(eq=False, repr=False)
 class GivenUp:
-    """Not admitted: the run has no starts left, and is stored as failed for good."""
+    """Not admitted: the run has reached ``max_attempts``, and is stored as failed for good."""
 
     error: AttemptsExhausted
 
@@ -100,17 +100,16 @@ class GivenUp:
 class Admission:
     """Acquires the lease on one run, admits one start of it, and releases the lease.
 
-    ``first_document`` composes the snapshot of a new run. ``max_attempts`` is for starts from cron.
+    ``max_attempts`` applies to starts by `resume_pending` only.
     """
 
     id: str
     entry: Entry
     input: str  # JSON text
-    first_document: Callable[[], str]
     max_attempts: int | None
     lease: Lease | None = None
     _checkpoints: Checkpoints = field(kw_only=True)
-    _may_have_lease: bool = False  # asked for: an exception may have struck before the answer came
+    _may_have_lease: bool = False  # requested: an exception may have come before the reply
     _pid: int = field(factory=os.getpid)
 
     def admit(
@@ -137,7 +136,7 @@ class Admission:
                 if not rows:
                     if self._create():
                         return New()
-                    continue  # a `submit`, which needs no lease, stored it since: read it again
+                    continue  # a `submit`, which needs no lease, has stored it: read it again
                 found = Found.of(self.id, rows[0])
             if self._is_finished(found.snapshot):
                 return Finished(found.snapshot)
@@ -164,8 +163,8 @@ class Admission:
         """
         token, ttl, document = self._checkpoints.token, self._checkpoints.ttl, self._first()
         params = {"id": self._checkpoints.key, "token": token, "ttl": ttl, "snapshot": document}
-        # Set before asking: Ctrl-C can strike after the server has granted the lease and before we
-        # know. The statement may be repeated: it recognizes a first try by the token, which is new.
+        # Set before the request: Ctrl-C can come after the server has granted the lease and before
+        # we know. Safe to repeat: the statement recognizes a first try by the token, which is new.
         self._may_have_lease = True
         ((*found, until, created),) = self._db.rows(self._sql.begin, params, prepare=True)
         self._may_have_lease = until is not None
@@ -177,9 +176,9 @@ class Admission:
         return None if found[0] is None else Found.of(self.id, tuple(found))
 
     def _create(self) -> bool:
-        """Store the input under the lease held already; return False if a run was stored there.
+        """Store the input under the lease already held; return False if a run is stored by now.
 
-        May be repeated: if only the reply was lost, the caller finds its own input and takes it up.
+        Safe to repeat: if only the reply was lost, the caller finds its own input and resumes it.
         """
         document = self._first()
         params = {"id": self._checkpoints.key, "snapshot": document, "pause": None}
@@ -190,7 +189,7 @@ class Admission:
 
     def _first(self) -> str:
         self._checkpoints.attempts = 1
-        return self.first_document()
+        return self._checkpoints.document()
 
     def _acquire(self) -> None:
         if self.lease is None:
@@ -207,16 +206,15 @@ class Admission:
 
         A run that kills its process therefore backs off and reaches ``max_attempts`` like any
         other, instead of staying at the head of the queue. Returns False, and changes nothing, if
-        the run was written since it was found. May be repeated: the count is taken from
-        ``found``, so a retry writes the same one, and its fence accepts the number of the first.
+        the run was written since it was read. Safe to repeat: the count is taken from ``found``,
+        so a retry writes the same, and its fence accepts the token of the first try.
         """
         metadata = found.snapshot.metadata or {}
         self._checkpoints.attempts = attempts = _starts_of(found) + 1
         counted: dict[str, Any] = {"attempts": attempts}
         if isinstance(waits := metadata.get("waits"), Mapping):
-            earlier = metadata.get("sleeps")
-            counted["sleeps"] = dict(earlier) if isinstance(earlier, Mapping) else {}
-            counted["sleeps"] |= {key: end for key, end in waits.items() if end is not None}
+            begun = {key: end for key, end in waits.items() if end is not None}
+            counted["sleeps"] = {**as_mapping(metadata.get("sleeps")), **begun}
         params = {
             **self._checkpoints.next_write(),
             **found.unchanged,
@@ -229,10 +227,10 @@ class Admission:
         return True
 
     def _give_up(self, found: Found, attempts: int) -> GivenUp:
-        """Store that the run is not started again by itself, and release the lease.
+        """Store that the run is not started again automatically, and release the lease.
 
         A run that raises is given up when its failure is recorded. This one was killed, or refused
-        because its code has changed, so nothing could be recorded then.
+        because its code has changed, so no failure was recorded.
         """
         self._checkpoints.attempts = attempts
         error = AttemptsExhausted(self.id, attempts)
@@ -254,15 +252,15 @@ class Admission:
         """Store why this code cannot continue the run, for people to see, and release the lease.
 
         The run has not failed: the code is wrong, not the record. The note stays until the next
-        start. If it cannot be written, `release` is all that is left to do.
+        start. If it cannot be written, `Session.start` still releases the lease.
         """
         if os.getpid() != self._pid or self.lease is None:
             return
         note = _json.dumps(failure.run_to_json(error))
         params = {**self._checkpoints.next_write(), "refusal": note}
         with suppress(AwaitlyError):
-            # None changed: a thread of the run has recorded a step meanwhile, or this was repeated
-            # after a lost reply.
+            # No row changes if a thread of the run has recorded a step meanwhile, or if this is
+            # repeated after a lost reply.
             if self._db.count(self._sql.refuse, params):
                 self.finished()
 
@@ -289,8 +287,8 @@ class Admission:
         lease, self.lease, self._may_have_lease = self.lease, None, False
         if lease is not None:
             renewal.stop_renewing(lease)
-        # By token, not by lease: an exception may have struck before `acquire` returned one. May be
-        # repeated, because no later holder has the same token.
+        # By token, not by lease: an exception may have been raised before `acquire` returned. Safe
+        # to repeat, because no later holder has the same token.
         params = {"id": self._checkpoints.key, "token": self._checkpoints.token}
         with suppress(AwaitlyError):
             leases.release(self._db, params, leases.RELEASE_TIMEOUT)
@@ -308,19 +306,14 @@ class Admission:
         return self._checkpoints.db.sql
 
 
-def count(value: object) -> int:
-    """Return a stored number of attempts; 0 if it is missing or was edited to something else."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
 def _starts_of(found: Found) -> int:
-    """Return how often the run was started since it last got further, or was given up."""
+    """Return how often the run was started since it last made progress, or was given up."""
     metadata = found.snapshot.metadata or {}
     if "gaveUpAt" in metadata:
-        return 0  # whoever starts it now has been asked to
-    attempts = count(metadata.get("attempts"))
+        return 0  # somebody is starting it explicitly: counted afresh
+    attempts = as_count(metadata.get("attempts"))
     if attempts > 1 and found.journal and _has_success(found.journal):
-        return 1  # the last start got further: it was the first of a new count
+        return 1  # the last start made progress: it was the first of a new count
     return attempts
 
 

@@ -31,7 +31,7 @@ class Problem:
     - ``"version"``: the run is of another version of the workflow, or cannot be migrated;
     - ``"unregistered"``: no workflow is registered here under the name of the run's workflow;
     - ``"undecodable"``: the snapshot, the input, or the value of a step cannot be decoded;
-    - ``"error"``: the code between the recorded steps raises, which it did not before.
+    - ``"error"``: the code between the recorded steps raises an error that the run did not have.
 
     ``key`` is the step that the code asked for, or whose value cannot be decoded; None if there is
     no such step.
@@ -54,8 +54,8 @@ class Checking(Options):
         production database while runs are in progress. The code between the steps does run, as it
         does whenever a run is resumed, and so does a function given as ``on_version_mismatch``.
 
-        Steps in threads that the workflow starts are checked as far as the replay gets: recorded
-        steps of theirs that nothing asks for are drift only when the function returns.
+        Steps in threads that the workflow starts are checked as far as the replay gets: if their
+        recorded steps are not asked for, that is drift only once the function returns.
 
         Args:
             prefix: only ids that start with exactly this.
@@ -82,12 +82,12 @@ class Checking(Options):
         while more:
             params = {
                 **store._range(prefix),
-                "behind_time": last and last.updated_at.isoformat(),
-                "behind_id": last and store.prefix + last.id,
+                "after_time": last and last.updated_at.isoformat(),
+                "after_id": last and store.prefix + last.id,
                 "limit": _PAGE,
             }
             # As for pending: if it planned for these values, PostgreSQL would sort all the rows.
-            page = store._infos(store._sql.unfinished, params, custom_plan=False)
+            page = store._infos(self._sql.unfinished, params, custom_plan=False)
             yield from page
             # Stop at the first short page, not at an empty one: runs in progress are written, and
             # so listed, again and again.

@@ -1,4 +1,4 @@
-"""The recorder of a durable run: what each checkpoint writes, and which state it may follow."""
+"""The recorder of a durable run: what each checkpoint writes, and which write it may follow."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..store.transaction import OpenTransaction
 from ..workflow.history import History
 from .group import Group
 from .pending import pause_after
-from .transaction import StepTransaction
+from .step_transaction import StepTransaction
 from .written import Written
 
 
@@ -33,7 +33,7 @@ class Checkpoints:
         id: the run's id as the user gave it, for messages.
         key: its id in the tables, prefix included.
         token: the token of its lease.
-        ttl: seconds that the lease lasts from a write that renews it.
+        ttl: seconds that the lease lasts after a write that renews it.
         history: the recorded steps.
         document: composes the snapshot of the run as it stands now.
         open_transaction: opens the transactions of ``step.transaction``; None uses a pooled
@@ -52,9 +52,9 @@ class Checkpoints:
     written: Written = field(factory=Written)
     in_doubt: str | None = None  # the step whose commit has an unknown outcome
     # Held for each write, so that a run's writes are sent one at a time. Always acquired after the
-    # pooled connection: a thread that waited for one while holding it could wait for threads that
-    # hold the connections and wait for it. Reentrant, because an exception can strike anywhere and
-    # the thread that holds it must still be able to settle the commit and finish the run.
+    # pooled connection: a thread that held it while waiting for a connection could deadlock with
+    # threads that have the connections and wait for it. Reentrant, because an exception can be
+    # raised anywhere, and the thread that holds it must still settle the commit and finish the run.
     turn: threading.RLock = field(factory=threading.RLock)
     _pid: int = field(factory=os.getpid)
     _group: Group = field(init=False)
@@ -65,15 +65,15 @@ class Checkpoints:
     # -- the recorder of a run -------------------------------------------------------------
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
-        """Write one step, in one statement with those of other threads that wait by then."""
-        self._refuse_in_a_fork(f"before step {key!r} returns")  # its locks may be held for ever
+        """Write one step, in one statement with those of other threads that are waiting."""
+        self._refuse_in_a_fork(f"before step {key!r} returns")  # locks may stay held in a child
         self._group.record(key, enter)
 
     def _record_group(self) -> None:
-        """Write the steps that wait in one statement, which is retried if its reply is lost.
+        """Write the waiting steps in one statement, which is retried if its reply is lost.
 
-        A retry writes those of the first try again, unchanged, so that it makes no difference
-        whether that has landed; steps that wait by then join them.
+        A retry writes those of the first try again, unchanged, so it does not matter whether that
+        succeeded; steps that have queued up since are added.
         """
 
         def work(conn: Connection) -> bool:
@@ -92,8 +92,8 @@ class Checkpoints:
     def record_timeout(self, key: str, enter: Callable[[], str]) -> bool:
         """Record that a wait has timed out, in one statement; False if a signal has come first.
 
-        Never appended: the snapshot's row is what `Durable.signal` writes too, so of the two the
-        second sees what the first has done.
+        Never appended: `Durable.signal` writes the snapshot's row, too, so whichever of the two
+        comes second sees the first.
         """
         deadline = self.history.deadlines.get(key)
 
@@ -106,10 +106,10 @@ class Checkpoints:
                     recorded = self._rewrite(conn, expired=key)
                 finally:
                     if not recorded:
-                        # Before the turn is given up: a write of another thread would store the
-                        # timeout without asking for a signal. If a lost try has landed, such a
-                        # write takes the timeout back, but not the deadline: so signals are still
-                        # refused, and the next try decides the same.
+                        # Before the turn is released: a write of another thread would store the
+                        # timeout without checking for a signal. If a try whose reply was lost has
+                        # succeeded, such a write removes the timeout again, but not the deadline:
+                        # signals are still refused, and the next try decides the same.
                         self.history.forget(key)
                         if deadline is not None:
                             self.history.deadlines[key] = deadline
@@ -158,7 +158,7 @@ class Checkpoints:
 
         Returns:
             Whether the last try changed the row, how many tries there were, and the snapshot. After
-            several tries, False can mean that an earlier one did it and its reply was lost.
+            several tries, False can mean that an earlier one succeeded and its reply was lost.
         """
         tries, document = 0, ""
 
@@ -172,16 +172,15 @@ class Checkpoints:
                 in_flight = self._group.in_flight()
                 if compose is None:
                     return bool(fetch(conn, self._sql.discard, self.next_write()))
-                # Composed once: from a retry, the caller can tell by the document whether an
-                # earlier try landed. A retry after that finds no lease and changes nothing.
+                # Composed once, so that after a retry the caller can tell by the document whether
+                # an earlier try succeeded. A retry after that finds no lease and changes nothing.
                 document = document or compose()
                 sql, params = self._sql, {**self.next_write(), "snapshot": document, "pause": pause}
                 finish = sql.finish if self.written.journal_is_empty else sql.finish_and_fold
-                done = bool(execute(conn, finish, params, prepare=True)) or bool(
-                    # somebody has deleted the snapshot: store it again, and then end
-                    execute(conn, sql.write_anew, params)
-                    and execute(conn, finish, params, prepare=True)
-                )
+                done = bool(execute(conn, finish, params, prepare=True))
+                if not done and execute(conn, sql.write_anew, params):
+                    # Somebody had deleted the snapshot. It is stored again now: finish it.
+                    done = bool(execute(conn, finish, params, prepare=True))
                 for step in in_flight if done else ():
                     step.recorded = True
                 return done
@@ -198,7 +197,7 @@ class Checkpoints:
         if self.in_doubt is not None:
             raise StoreUnavailable(
                 f"the connection was lost while step {self.in_doubt!r} of {self.id!r} was being "
-                "committed, and the outcome of the commit is not known yet; resume the run"
+                "committed, and the outcome of the commit is still unknown; resume the run"
             )
 
     def _refuse_in_a_fork(self, what: str) -> None:
@@ -213,9 +212,9 @@ class Checkpoints:
     def next_write(self) -> dict[str, Any]:
         """Return the parameters of the next write's fence.
 
-        The stored token may be that of the last write known to have landed, or of any sent since
+        The stored token may be that of the last write known to have succeeded, or of any later one
         whose reply was lost. It may also be the next one itself: then an earlier try of the same
-        write has landed.
+        write has succeeded.
         """
         written = self.written
         tokens = [self._numbered(nr) for nr in range(written.number, written.tried + 2)]
@@ -243,7 +242,7 @@ class Checkpoints:
             self.written = evolve(self.written, has_progressed=True)
 
     def _write(self, conn: Connection, steps: Mapping[str, str]) -> bool:
-        """Write steps that the history has, by key, whichever way is cheaper."""
+        """Write these steps, by key, which are already in the history, in the cheaper way."""
         self._note_progress(steps.values())
         text, last_key = _json.join(steps), [*steps][-1]
         if self._sql.journal and self.written.takes_appended(len(text)):
@@ -267,8 +266,8 @@ class Checkpoints:
     def _rewrite(self, conn: Connection, expired: str | None = None) -> bool:
         params = {**self.next_write(), "snapshot": self.document(), "pause": self._pause()}
         params["key"] = expired
-        # Counted before it is sent, so that the next write gets a later number whatever becomes of
-        # this one: if the reply is lost and the statement lands late, it no longer fits.
+        # Counted before it is sent, so that the next write gets a later number in any case: if the
+        # reply is lost and this statement arrives late, its number no longer matches.
         self.written = self.written.trying_rewrite()
         sql = self._sql
         rewrite = sql.write if self.written.journal_is_empty else sql.fold
@@ -304,7 +303,7 @@ class Checkpoints:
         """Rewrite the snapshot now if no step may be appended to it as it is.
 
         On a separate connection: in the step's transaction it would be rolled back with the step,
-        and those of the pool may all be held by threads of this run that wait for the turn, which
+        and pooled connections may all be held by threads of this run that wait for the turn, which
         this thread holds.
         """
         if self.written.must_be_rewritten and not self.db.run_apart(self._rewrite):
@@ -313,13 +312,13 @@ class Checkpoints:
     def has_committed(self, key: str, step: str) -> bool:
         """Wait until the transaction of a step has ended; return whether it was committed.
 
-        On a separate connection: those of the pool may all be held by threads of this run that
-        wait for the turn, which this thread holds.
+        On a separate connection: pooled ones may all be held by threads of this run that wait for
+        the turn, which this thread holds.
         """
 
         def look(conn: Connection) -> bool:
-            # First wait for an in-flight commit, which holds a lock on the lease's row. A read
-            # before that could miss a step that is committed a moment later.
+            # First wait for a commit in progress, which has the lease's row locked. Reading before
+            # that could miss a step that is committed a moment later.
             fetch(conn, self._sql.wait_for_commit, {"id": self.key, "token": self.token})
             rows = fetch(conn, self._sql.load, {"id": self.key})
             steps = decode_snapshot(self.id, rows[0][0], rows[0][1]).steps if rows else {}
@@ -337,5 +336,5 @@ class Checkpoints:
 
 
 def _array(tokens: Iterable[str]) -> str:
-    """Write a PostgreSQL array of text. As a list, psycopg would take longer than for all else."""
+    """Return a PostgreSQL text array. Adapting a list would be the slowest part of a checkpoint."""
     return f"{{{','.join(map(_json.quote, tokens))}}}"

@@ -38,7 +38,7 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
     """Runs workflows whose recorded steps survive the process, one process at a time per id.
 
     Args:
-        store: the `SnapshotStore` that keeps the runs.
+        store: the `SnapshotStore` that stores the runs.
         lock_ttl: seconds after which another process can take over from one that died.
         codec: converts arguments and results to JSON and back.
         on_event: called with an `Event` whenever a run or a step starts, ends or is replayed; its
@@ -102,19 +102,23 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
             on_version_mismatch: what to do with an unfinished run of another version: ``"error"``
                 raises `VersionMismatch`, ``"clear"`` starts it afresh, and a function is called
                 with the stored snapshot and this version, and returns the snapshot to resume from.
-            max_attempts: the same as for `Durable`, for runs of this workflow (default: its own).
-            backoff: the same as for `Durable`, for runs of this workflow (default: its own).
+            max_attempts: as for `Durable`, for runs of this workflow (default: that of `Durable`).
+            backoff: as for `Durable`, for runs of this workflow (default: that of `Durable`).
 
         Returns:
             the function, unchanged.
 
         Raises:
-            ValueError: another function is registered under that name.
+            ValueError: another function is registered under that name; an option is wrong.
+            TypeError: the version is not an integer; the function is async.
         """
         if not isinstance(version, int) or isinstance(version, bool):
             raise TypeError(f"version must be an integer, not {version!r}")
         if on_version_mismatch not in ("error", "clear") and not callable(on_version_mismatch):
-            raise ValueError("on_version_mismatch must be 'error', 'clear' or a function")
+            raise ValueError(
+                "on_version_mismatch must be 'error', 'clear' or a function, "
+                f"not {on_version_mismatch!r}"
+            )
         check_retry_options(
             None if isinstance(max_attempts, EllipsisType) else max_attempts, backoff
         )
@@ -137,20 +141,20 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
 
         Args:
             metadata: stored with the run, added to the ``metadata`` of this `Durable`.
-            delay: submit a run that is not due before so many seconds, or a timedelta, have passed
-                since, by the server's clock.
-            at: the same until an aware datetime.
+            delay: seconds, or a timedelta, from `submit` until the run is due, by the server's
+                clock.
+            at: an aware datetime, before which the run is not due.
 
         Raises:
             TypeError: both ``delay`` and ``at`` are given.
             ValueError: the delay is negative or too long; the datetime has no time zone.
-            NotSerializable: the metadata are not JSON.
+            NotSerializable: the metadata is not JSON.
 
         Example:
             >>> durable.with_options(delay=60).submit("mail-7", mail, 7)  # doctest: +SKIP
         """
         if delay is not None and at is not None:
-            raise TypeError("with_options() takes either delay= or at=")
+            raise TypeError("with_options() takes delay= or at=, not both")
         other = copy.copy(self)
         if metadata is not None:
             encode(None, metadata, "metadata=")
@@ -173,8 +177,8 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
 
         Args:
             id: the id of the run; at most 1,000 bytes with the store's prefix.
-            fn: the workflow function, called with a `Step` and the arguments. The run of a function
-                that is not registered is continued by `run` alone, with the same function.
+            fn: the workflow function, called with a `Step` and the arguments. If it is not
+                registered, only `run` with the same function can continue the run.
             args: its arguments; part of the run's identity.
             kwargs: its keyword arguments, likewise.
 
@@ -199,7 +203,7 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
         """
         if self._delay is not None or self._at is not None:
             raise TypeError(
-                "run() starts at once; with_options(delay=...) and (at=...) are for submit()"
+                f"run({id!r}) starts at once, without delay: use submit() with delay= or at="
             )
         entry = self._workflows.of(fn)
         session = Session(self, id, entry, entry.encode_call(self.codec, args, kwargs))

@@ -10,7 +10,7 @@ from contextlib import suppress
 from attrs import define, field
 
 from ..errors import AwaitlyError
-from ..workflow.mapping import held_lock
+from ..workflow.map import held_lock
 
 MOST = 1024 * 1024  # characters; a group that has as many takes no further steps
 
@@ -19,8 +19,8 @@ MOST = 1024 * 1024  # characters; a group that has as many takes no further step
 class Waiting:
     """A step that one thread wants to have recorded.
 
-    ``enter`` adds it to the history and returns its JSON text. From then on it is in every rewrite
-    of the snapshot; ``step`` keeps the text, so that every try writes the same.
+    ``enter`` adds it to the history and returns its JSON text. From then on every rewrite of the
+    snapshot includes it; ``step`` keeps the text, so that every retry writes the same.
     """
 
     key: str
@@ -28,18 +28,18 @@ class Waiting:
     step: str | None = None
     recorded: bool = False
     error: AwaitlyError | None = None  # why it was not recorded
-    # Held until the thread is to go on. A plain lock, because a signal interrupts the wait for it,
-    # and because a signal handler's exception cannot leave it half locked, as it can a Condition.
+    # Held until the thread may continue. A plain lock, because a signal interrupts the wait for it,
+    # and because, unlike a Condition, a signal handler's exception cannot leave it inconsistent.
     awake: _thread.LockType = field(factory=held_lock)
 
     @property
     def is_settled(self) -> bool:
-        """Whether its thread can go on."""
+        """Whether its thread can continue."""
         return self.recorded or self.error is not None
 
     def wake(self) -> None:
-        """Let its thread go on. May be repeated."""
-        with suppress(RuntimeError):  # it was awake already
+        """Let its thread continue. Safe to repeat."""
+        with suppress(RuntimeError):  # it is awake already
             self.awake.release()
 
 
@@ -47,12 +47,13 @@ class Waiting:
 class Group:
     """The steps of one run that wait to be recorded, and the thread that records them.
 
-    Whoever finds no commit under way leads: it records all steps that wait by then. The others wait
-    without a connection, and are woken when their step is recorded or has failed, or to lead next.
+    A thread that finds no commit in progress becomes the leader: it records all steps that are
+    waiting by then. The others wait without a connection, and are woken when their step is recorded
+    or has failed, or to lead next.
 
-    An exception out of a signal handler may strike the main thread anywhere. If it leads, nothing
-    is lost: the steps that it has entered are still here, and the next leader writes the same
-    again, as a retry after a lost reply does.
+    A signal handler can raise in the main thread at any point. If that thread is the leader,
+    nothing is lost: the steps that it has entered are still here, and the next leader writes the
+    same again, as a retry after a lost reply does.
 
     ``commit`` calls `entered` with the turn held, writes the result in one statement, and marks it
     as recorded.
@@ -80,15 +81,15 @@ class Group:
             finally:
                 self._leave(step)
         except BaseException:
-            self._leave(step)  # in case the exception has struck on the way into the line above
+            self._leave(step)  # again: the exception may have been raised in the finally above
             raise
         if step.error is not None:
             raise step.error
 
     def entered(self) -> list[Waiting]:
-        """Enter what waits into the history; return all that is entered and not settled yet.
+        """Enter the waiting steps into the history; return all that are entered and not settled.
 
-        A step that the history refuses, because the run has ended, is settled by that.
+        A step that the history refuses, because the run has ended, is settled with that error.
         """
         group, size = [], 0
         for step in list(self._waiting):
@@ -104,12 +105,12 @@ class Group:
         return group
 
     def in_flight(self) -> list[Waiting]:
-        """Return what is entered into the history and not settled yet."""
+        """Return the steps that are entered into the history and not settled yet."""
         return [step for step in self._waiting if step.step is not None and not step.is_settled]
 
     def _lead(self, leader: Waiting) -> None:
-        # Threads just woken are soon back with another step. Without this the first of them would
-        # commit its own alone while all others wait, so that every second commit would be of one.
+        # The threads just woken will soon be back with another step. Without this pause, the first
+        # one would commit its step alone while the others wait: every second commit would have one.
         for _ in range(self._size):
             if len(self._waiting) >= self._size:
                 break
@@ -117,17 +118,17 @@ class Group:
         try:
             self._commit()
         except AwaitlyError as error:
-            # The outcome is the same for all that were sent. What was not even entered is left to
+            # The error applies to all steps that were sent. Steps that were not entered are left to
             # the next leader.
             for step in {leader, *self.in_flight()}:
                 step.error = step.error or error
 
     def _leave(self, leaving: Waiting) -> None:
-        """Wake those that are settled, and appoint the next leader. May be repeated."""
+        """Wake the settled steps, and appoint the next leader. Safe to repeat."""
         if leaving.is_settled and self._leader is not leaving:
-            return  # whoever has settled it removes it, and what is settled is never appointed
+            return  # the leader that settled it removes it, and settled steps are never appointed
         with self._lock:
-            # Woken before they are removed: should an exception strike in between, the repetition
+            # Woken before they are removed: if an exception is raised in between, the repeated call
             # still finds them.
             for step in self._waiting:
                 if step.is_settled:

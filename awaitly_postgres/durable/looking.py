@@ -48,13 +48,13 @@ class Looking(Options):
             conn: a psycopg connection; the run is read in its transaction.
 
         Raises:
-            SnapshotFormatError: what is stored is not a snapshot, or the codec cannot decode it.
+            SnapshotFormatError: the document is not a snapshot, or the codec cannot decode it.
         """
-        return self._read(id, self.store._db.joined(conn))
+        return self._read(id, self._db.joined(conn))
 
     def _read(self, id: str, conn: Connection | None = None) -> RunInfo | None:
         store = self.store
-        rows = store._db.rows(store._sql.get, {"id": store.key(id)}, conn)
+        rows = self._db.rows(self._sql.get, {"id": store.key(id)}, conn)
         if not rows:
             return None
         *columns, text, journal = rows[0]
@@ -73,7 +73,7 @@ class Looking(Options):
             return info
         return evolve(
             info,
-            error=_failure.of_run(str(metadata.get("lastStepKey", "")), failure),
+            error=_failure.run_from_json(str(metadata.get("lastStepKey", "")), failure),
             traceback=traceback_of(failure),
             cause=failure,
         )
@@ -94,9 +94,12 @@ class Looking(Options):
             prefix: only ids that start with exactly this.
             workflow: only runs of the workflow with this name.
             state: only runs in this state, one of the states of `RunInfo`.
-            metadata: only runs whose metadata contains this, in the sense of JSONB's ``@>``.
+            metadata: only runs whose metadata contains this, as JSONB's ``@>`` does.
             limit: at most this many.
             after: the last entry of the previous page; None starts with the newest run.
+
+        Raises:
+            ValueError: the state is unknown, or the limit is not positive.
         """
         store = self.store
         unfinished = state is not None and state != "completed"
@@ -110,7 +113,7 @@ class Looking(Options):
             "after_time": after and after.updated_at.isoformat(),
             "after_id": after and store.prefix + after.id,
         }
-        rows = store._listed(store._sql.runs, params)
+        rows = store._listed(self._sql.runs, params)
         return [RunInfo.from_columns(row, store.prefix) for row in rows]
 
     def result(self, id: str, *, timeout: float | None = None) -> Any:
@@ -123,8 +126,8 @@ class Looking(Options):
             timeout: seconds to wait at most; None waits until the run has ended.
 
         Raises:
-            the error that the run failed with for good; `WorkflowError` if none is stored.
-            TimeoutError: the run has not ended in time. It is not stopped.
+            the error with which the run failed for good; `WorkflowError` if none is stored.
+            TimeoutError: the run has not ended in time. It continues.
             WorkflowNotFound: nothing is stored as ``id``.
             WorkflowCancelled: the run was cancelled.
         """
@@ -138,12 +141,16 @@ class Looking(Options):
                 if info.error is not None:
                     raise info.error
                 if info.state == "failed":  # saved by hand or by Node
-                    raise WorkflowError(f"{id!r} has failed, and its record does not say why")
+                    raise WorkflowError(
+                        f"{id!r} has failed, but no error is stored with it: it was saved by hand "
+                        "or by Node. Its steps may say more: see get(id).steps"
+                    )
                 return info.result
             left = None if give_up_at is None else give_up_at - time.monotonic()
             if left is not None and left <= 0:
                 raise TimeoutError(
-                    f"{id!r} has not ended within {timeout:g} s: it is {rows[0].state}"
+                    f"{id!r} has not ended within {timeout:g} s: it is {rows[0].state}. It was not "
+                    "stopped; call result() again to keep waiting"
                 )
             time.sleep(pause if left is None else min(pause, left))
             pause = min(2 * pause, longest)

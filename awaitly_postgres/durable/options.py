@@ -9,7 +9,9 @@ from typing import Any, Literal
 from attrs import define, field
 
 from .._checks import OnDrift, check_limit, check_on_drift, check_ttl
+from ..store.database import Database
 from ..store.lease import DEFAULT_TTL
+from ..store.statements import Statements
 from ..store.store import SnapshotStore
 from ..store.transaction import OpenTransaction
 from ..workflow.codec import Codec, encode
@@ -47,6 +49,14 @@ class Options:
             raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
         check_retry_options(self.max_attempts, self.backoff)
         encode(None, self.metadata, "metadata=")
+
+    @property
+    def _db(self) -> Database:
+        return self.store._db
+
+    @property
+    def _sql(self) -> Statements:
+        return self.store._sql
 
 
 def check_retry_options(max_attempts: int | None, backoff: object) -> None:

@@ -1,4 +1,4 @@
-"""How long a failed run pauses, and in which order a worker takes up pending runs."""
+"""How long a failed run pauses, and in which order a worker resumes pending runs."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def retry_delay(
 ) -> float:
     """Return the seconds before a run that has failed is due again; `GIVE_UP` if it is given up.
 
-    A ``backoff`` that fails, or returns what is no pause, is logged and does not decide: a slip in
-    it must neither end a run for good nor keep the failure from being recorded.
+    If ``backoff`` raises or returns an invalid pause, that is logged and the default applies: a bug
+    in it must neither end a run for good nor keep the failure from being recorded.
     """
     if attempts_are_exhausted(attempt, max_attempts):
         return GIVE_UP
@@ -46,14 +46,14 @@ def retry_delay(
         return pause_after(attempt)
     try:
         pause = backoff(error, attempt)
-        return GIVE_UP if pause is None else check_seconds(pause, "what backoff returns")
+        return GIVE_UP if pause is None else check_seconds(pause, "the result of backoff")
     except Exception:
         _log.exception("backoff failed for %s at attempt %d", type(error).__name__, attempt)
         return pause_after(attempt)
 
 
 def attempts_are_exhausted(attempts: int, max_attempts: int | None) -> bool:
-    """Tell whether a run that was started so often is not started again by itself."""
+    """Return whether a run with this many starts is not started again automatically."""
     return max_attempts is not None and attempts >= max_attempts
 
 
@@ -69,7 +69,7 @@ class Outcome:
         result: what a completed workflow returned.
         error: the exception, unless it completed.
         attempts: the starts since the run last made progress, this one included.
-        retry_at: when a failed run is tried again, by the server's clock; None: not by itself.
+        retry_at: when a failed run is retried automatically, by the server's clock; None: never.
     """
 
     id: str
@@ -84,15 +84,15 @@ class Outcome:
 class Queue:
     """Iterates over the pending runs, each once.
 
-    A worker that is alone takes the runs in the order of the listing. When another process got to
-    one first, both are working through the same listing: the worker then takes runs at random, and
-    lists again sooner the more often it comes too late.
+    A single worker takes the runs in the order of the listing. If another process got to a run
+    first, both are working on the same listing: the worker then takes runs in random order, and
+    lists again sooner, the more often it is too late.
     """
 
     _look: Callable[[SnapshotInfo | None, int], Infos]  # lists up to n entries after a given one
     _seen: set[str] = field(factory=set)
     _behind: SnapshotInfo | None = None
-    _trust: int = PAGE  # how many of a listing to take before looking again
+    _trust: int = PAGE  # how many runs of a listing to take before listing again
     _was_late: bool = False
 
     def __iter__(self) -> Iterator[SnapshotInfo]:
@@ -100,7 +100,7 @@ class Queue:
             unseen = [info for info in listing if info.id not in self._seen]
             if not unseen:
                 if self._behind == listing[-1]:
-                    return  # its time is infinity, so no entry comes after it
+                    return  # its time is infinity, so no entry can come after it
                 self._behind = listing[-1]
             if self._contended:
                 random.shuffle(unseen)

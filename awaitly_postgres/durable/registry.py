@@ -25,7 +25,7 @@ OnVersionMismatch = Literal["error", "clear"] | Callable[[WorkflowSnapshot, int]
 class Entry:
     """A workflow function with its name, its version, and the rules for its runs.
 
-    Where it has no ``max_attempts`` (``...``) or ``backoff``, those of the `Durable` apply.
+    Without its own ``max_attempts`` (``...``) or ``backoff``, those of the `Durable` apply.
     """
 
     name: str
@@ -60,8 +60,8 @@ class Entry:
 
         Args:
             id: the id of the run.
-            metadata: those of the stored snapshot.
-            input: what the run is asked for with, as JSON text.
+            metadata: the metadata of the stored snapshot.
+            input: the input of this call, as JSON text.
         """
         name = metadata.get("workflow", self.name)
         if name != self.name:
@@ -105,7 +105,10 @@ class Registry(dict[str, Entry]):
     def add(self, entry: Entry) -> None:
         """Register a function; raise ValueError if another one has its name."""
         if inspect.iscoroutinefunction(entry.fn):
-            raise TypeError(f"workflow {entry.name!r} is async; workflows are blocking functions")
+            raise TypeError(
+                f"workflow {entry.name!r} is async, but workflows are blocking functions; make it "
+                "a plain def, and call asyncio.run() inside a step"
+            )
         self[entry.name] = self._checked(entry)
 
     def of(self, fn: Callable[..., Any]) -> Entry:

@@ -42,19 +42,19 @@ class Resuming(Options):
     def resume(self, id: str) -> Any:
         """Resume the run stored as ``id``, with its registered workflow and recorded input.
 
-        It starts at once, even if it is pausing after a failure. A run that was given up starts
-        again too, its attempts counted afresh.
+        It starts at once, even during the pause after a failure. A run that was given up starts
+        again, too, and its attempts are counted from 1.
 
         Returns:
             what the workflow returned; for a completed run, its recorded output.
 
         Raises:
-            WorkflowNotFound: nothing that can be started is stored there, or its workflow is not
+            WorkflowNotFound: no resumable run is stored as ``id``, or its workflow is not
                 registered.
-            and what `run` raises.
+            whatever `run` raises.
         """
-        # First: it may look for the run on another connection.
-        self.store._db.pool.refuse_to_run_here()
+        # Checked first, because the run may be read on another connection.
+        self._db.pool.refuse_to_run_here()
         session, found = self._resumable(id)
         return session.start(found)
 
@@ -68,7 +68,7 @@ class Resuming(Options):
         Raises:
             StoreUnavailable: the database was away for longer than the store retries.
         """
-        self.store._db.pool.refuse_to_run_here()
+        self._db.pool.refuse_to_run_here()
         return self._attempt(id)
 
     def resume_pending(
@@ -81,18 +81,18 @@ class Resuming(Options):
     ) -> list[Outcome]:
         """Resume the runs that are unfinished and due: submitted, crashed, failed, done sleeping.
 
-        For cron. It takes only runs of registered workflows whose lease no process holds, least
-        recently updated first, or at random where other workers take from the same listing. After
-        a failure a run pauses for as long as its ``backoff`` says. A run that was started
+        For cron. It resumes only runs of registered workflows whose lease no process holds, least
+        recently updated first, or in random order while other workers compete for them. After a
+        failure a run pauses for as long as its ``backoff`` says. A run that was started
         ``max_attempts`` times, and died each time without progress, is given up instead.
 
         Args:
             prefix: only ids that start with exactly this.
-            limit: start at most this many runs. Those skipped, given up, or refused because the
-                code has changed, do not count: otherwise they could keep the others from ever
+            limit: start at most this many runs. Runs that are skipped, given up, or refused because
+                the code has changed do not count: otherwise they could keep others from ever
                 starting.
             workers: run up to this many at once, in threads, with the context variables of the
-                caller. The store's own pool grows to one connection for each, and one more.
+                caller. The store's own pool grows to one connection per thread, plus one.
             on_progress: called in the caller's thread with each `Outcome` as it comes. If it
                 raises, nothing more is started; the runs in progress end first, and are reported.
 
@@ -101,11 +101,13 @@ class Resuming(Options):
 
         Raises:
             StoreUnavailable: the database was away for longer than the store retries.
-            KeyboardInterrupt: at once. Workers in threads are abandoned: their runs record nothing
-                more and can be taken over, while the code of their current steps still runs.
+            ValueError: ``limit`` or ``workers`` is not positive.
+            whatever ``on_progress`` raises.
+            KeyboardInterrupt: at once. Worker threads are abandoned: their runs record nothing more
+                and can be taken over, while the code of their current steps keeps running.
         """
         check_limit(limit)
-        pool = self.store._db.pool
+        pool = self._db.pool
         pool.refuse_to_run_here()
         if check_limit(workers, "workers") > 1:
             pool.make_room(workers + 1)  # one is for this thread
@@ -130,13 +132,13 @@ class Resuming(Options):
         return self.store.pending(prefix, workflows=list(self._workflows), limit=limit)
 
     def _resumable(self, id: str, seen: datetime | None = None) -> tuple[Session, Found]:
-        """Look ``id`` up without its lease, which costs more and would have to be released again.
+        """Read the run without acquiring its lease, which costs more and would need a release.
 
         ``seen`` is the time of the row when it was listed as pending: raise if the run was written
-        since, or if another process holds its lease. Both can change before this process acquires
-        the lease, so admission checks again under it.
+        since, or if another process holds its lease. Both can still change before this process
+        acquires the lease, so admission checks again under it.
         """
-        rows = self.store._db.rows(self.store._sql.read_for_resume, {"id": self.store.key(id)})
+        rows = self._db.rows(self._sql.read_for_resume, {"id": self.store.key(id)})
         if seen is not None:
             if not rows or moment(rows[0][2]) != seen:
                 raise TouchedMeanwhile(id)
@@ -183,7 +185,7 @@ class Resuming(Options):
             return Outcome(id, "failed", None, error, attempts, retry_at)
 
     def _retry_at(self, id: str) -> datetime | None:
-        rows = self.store._db.rows(self.store._sql.retry_at, {"id": self.store.key(id)})
+        rows = self._db.rows(self._sql.retry_at, {"id": self.store.key(id)})
         return read_time(rows[0][0]) if rows else None
 
 

@@ -1,4 +1,4 @@
-"""Rewinding a run to one of its steps, copying it up to there, or making it due."""
+"""Rewinding a run to one of its steps, forking it there, and making a run due."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from typing import Any
 from attrs import evolve, frozen
 
 from .. import _json
-from .._checks import check_id
+from .._checks import as_count, check_id
 from ..errors import AlreadyRunning, AwaitlyError, LeaseLost, WorkflowConflict, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot, as_mapping, compose
 from ..store import lease as leases
 from ..store.database import fetch
 from ..workflow.history import History
-from .admission import count
 from .options import Options
 
-# Metadata about how far the run had got, besides what holds for one snapshot only.
+# Metadata that no longer applies to a run that was taken back. `compose` drops the transient rest.
 _OUTDATED = ("cancelledAt", "lastStepKey")
 
 
@@ -53,18 +52,18 @@ class Rewinding(Options):
         Raises:
             AlreadyRunning: a process is running it; nothing was changed.
             WorkflowNotFound: nothing is stored as ``id``.
-            ValueError: the run has no step ``key``, or it is not known what came after it.
+            ValueError: the run has no step ``key``, or the order of its steps is not recorded.
             LeaseLost: it was cancelled or deleted meanwhile; nothing was changed.
         """
         check_id(key, "step key")
         with self._leased(id) as params:
             part = _Part.before(key, id, self._stored(id))
-            generation = count(part.metadata.get("keyGeneration")) + 1
+            generation = as_count(part.metadata.get("keyGeneration")) + 1
             document = part.document({"keyGeneration": generation} if new_keys else {})
             _json.check_size(document, f"the snapshot for {id!r}")
             params |= {"snapshot": document, "forgotten": part.forgotten}
-            sql = self.store._sql
-            if not self.store._db.run_once(lambda conn: fetch(conn, sql.rewind, params)):
+            sql = self._sql
+            if not self._db.run_once(lambda conn: fetch(conn, sql.rewind, params)):
                 raise LeaseLost(id)
         return part.forgotten
 
@@ -73,7 +72,7 @@ class Rewinding(Options):
 
         The copy has the input, the metadata and all steps recorded before ``key``, and starts from
         there. The source stays as it is, and may be running. Idempotency keys in the copy begin
-        with ``new_id``, so a provider takes its steps for new ones.
+        with ``new_id``, so a provider treats its steps as new.
 
         Args:
             id: the id of the run to copy.
@@ -86,7 +85,7 @@ class Rewinding(Options):
         Raises:
             WorkflowConflict: ``new_id`` is taken.
             WorkflowNotFound: nothing is stored as ``id``.
-            ValueError: the run has no step ``key``, or it is not known what came after it.
+            ValueError: the run has no step ``key``, or the order of its steps is not recorded.
         """
         check_id(key, "step key")
         new_key = self.store.key(new_id)
@@ -98,28 +97,28 @@ class Rewinding(Options):
             part.metadata["signals"] = taken
         document = part.document({"submittedAt": datetime.now(timezone.utc).isoformat()})
         _json.check_size(document, f"the snapshot for {new_id!r}")
-        params, sql = {"id": new_key, "snapshot": document, "pause": None}, self.store._sql
-        if not self.store._db.run_once(lambda conn: fetch(conn, sql.create, params)):
+        params, sql = {"id": new_key, "snapshot": document, "pause": None}, self._sql
+        if not self._db.run_once(lambda conn: fetch(conn, sql.create, params)):
             there = self.store.load(new_id)
             name = as_mapping(there and there.metadata).get("workflow")
             raise WorkflowConflict(new_id, "workflow", repr(name), f"a fork of {id!r}")
         return list(part.kept)
 
     def retry(self, id: str) -> bool:
-        """Make the run stored as ``id`` due now, so that `resume_pending` takes it up.
+        """Make the run stored as ``id`` due now, so that `resume_pending` resumes it.
 
-        Neither the pause after a failure, nor a number of failed starts, nor a delay holds it back
-        any longer. A sleep or wait that is not over suspends it again.
+        Its pause, its attempts and its delay no longer count. A sleep or wait that is not over
+        suspends it again.
 
         Returns:
-            True if it is due; False if there is no such unfinished run.
+            True if it is now due; False if there is no such unfinished run.
 
         Raises:
-            AlreadyRunning: a process has the run; nothing was changed.
+            AlreadyRunning: a process is running it; nothing was changed.
         """
-        sql = self.store._sql
+        sql = self._sql
         with self._leased(id) as params:
-            due = self.store._db.run_once(lambda conn: fetch(conn, sql.make_due, params))
+            due = self._db.run_once(lambda conn: fetch(conn, sql.make_due, params))
         return bool(due)
 
     def _stored(self, id: str) -> WorkflowSnapshot:
@@ -133,10 +132,10 @@ class Rewinding(Options):
         """Acquire the lease on ``id`` for one write, which releases it; yield its parameters.
 
         The lease is acquired before the run is read, so that the run cannot change between the read
-        and the write. Whatever exception strikes, the lease is released, by its token because the
-        answer to `acquire` may have been lost; it expires if the database cannot be reached.
+        and the write. After any exception the lease is released, by its token because the reply to
+        `acquire` may have been lost; if the database cannot be reached, it expires.
         """
-        db, token = self.store._db, leases.new_token()
+        db, token = self._db, leases.new_token()
         params: dict[str, Any] = {"id": self.store.key(id), "token": token}
         try:
             leases.acquire(db, id, params["id"], self.lock_ttl, token)
@@ -165,7 +164,8 @@ class _Part:
         """Divide ``snapshot`` at ``key``; raise ValueError if that is impossible."""
         recorded = snapshot.to_json()["steps"]
         metadata = dict(snapshot.metadata or {})
-        seqs = {name: count((step.get("meta") or {}).get("seq")) for name, step in recorded.items()}
+        metas = {name: as_mapping(step.get("meta")) for name, step in recorded.items()}
+        seqs = {name: as_count(meta.get("seq")) for name, meta in metas.items()}
         numbered = sorted(filter(seqs.__getitem__, seqs), key=seqs.__getitem__)
         unnumbered = [name for name in seqs if not seqs[name]]  # by Node; the successes last
         unnumbered.sort(key=lambda name: (recorded[name]["ok"], name))
@@ -180,12 +180,13 @@ class _Part:
         else:
             raise ValueError(
                 f"step {key!r} of {id!r} was recorded by the Node package, which keeps no order, "
-                "so it is not known which steps came after it"
+                "so it is not known which steps came after it. Choose a step that Python recorded, "
+                f"or the last step: {metadata.get('lastStepKey')!r}"
             )
         gone = set(forgotten)
         kept = {name: recorded[name] for name in [*unnumbered, *numbered] if name not in gone}
-        # A handled failure stays handled although what came after it is forgotten. For numbered
-        # steps the last such number is stored; for Node's, that another step was the last one.
+        # A handled failure stays handled even if the steps after it are forgotten. For numbered
+        # steps the highest such number is stored; for Node's, lastStepKey names another step.
         replayed = History.of(snapshot).steps
         handled = [seqs[name] for name in kept if name in replayed and not kept[name]["ok"]]
         last = next(reversed(kept), None)

@@ -10,6 +10,7 @@ from typing import Any
 from attrs import define, evolve, field
 
 from .. import _json
+from .._checks import as_count
 from ..errors import (
     AwaitlyError,
     LeaseLost,
@@ -29,13 +30,13 @@ from ..workflow.event import EventType
 from ..workflow.history import History
 from ..workflow.run import Run
 from ..workflow.step import Step
-from .admission import Admission, Finished, Found, GivenUp, TakenUp, count
+from .admission import Admission, Finished, Found, GivenUp, TakenUp
 from .checkpoints import Checkpoints
 from .options import Options
 from .pending import GIVE_UP, retry_delay
 from .registry import Entry
 
-FAR_FUTURE = "9999-12-31T23:59:59.999Z"  # when a run that waits for a signal is due by itself
+FAR_FUTURE = "9999-12-31T23:59:59.999Z"  # the wakeAt of a run that waits for a signal: never
 
 
 @define(eq=False, repr=False)
@@ -79,7 +80,6 @@ class Session:
             self.id,
             self.entry,
             self.input,
-            lambda: self._document("running"),
             self.entry.max_attempts_or(options.max_attempts),
             checkpoints=self._checkpoints,
         )
@@ -115,11 +115,11 @@ class Session:
                     raise
             return self._execute()
         finally:
-            # Whatever exception has struck, and wherever: release the lease if it is still held.
+            # After any exception, raised anywhere above: release the lease if it is still held.
             self._admission.release()
 
     def refuse_further_steps(self) -> None:
-        """Stop this start from another thread, as Ctrl-C would: it begins no step from here on."""
+        """Stop this start from another thread, as Ctrl-C would: no further step begins."""
         self._run.stop(KeyboardInterrupt())
 
     def release(self) -> None:
@@ -127,7 +127,7 @@ class Session:
         self._admission.release()
 
     def _restore(self, stored: WorkflowSnapshot) -> None:
-        """Take over the recorded steps, migrated to this version if need be.
+        """Load the recorded steps, migrated to this version if necessary.
 
         If that drops or changes any (a migration, open failures), the first write of this start
         must rewrite the snapshot: an append would leave the old steps in it.
@@ -211,8 +211,8 @@ class Session:
             None if forget else compose, pause, self._run.end
         )
         if not done and tries > 1:
-            # An earlier try may have done it, with only its reply lost. Its lease is gone then, so
-            # the retry changed nothing. The stored end shows whether it is this one: it has a time.
+            # An earlier try may have succeeded and lost its reply. Then the lease is released, so
+            # the retry changed nothing. The time in the stored end tells whether it is this one.
             stored = self.options.store.load(self.id)
             if forget or stored is None:
                 done = forget and stored is None
@@ -223,8 +223,8 @@ class Session:
         self._admission.finished()
 
     def _raise_if_cancelled(self, error: LeaseLost) -> None:
-        # `cancel` revokes the lease, so the run's next write fails with `LeaseLost`. That error
-        # stands if the database cannot be asked why.
+        # `cancel` revokes the lease, so the run's next write fails with `LeaseLost`. That remains
+        # the error if the database cannot be asked for the reason.
         stored = None
         with suppress(AwaitlyError):
             stored = self.options.store.load(self.id)
@@ -246,7 +246,7 @@ class Session:
         metadata: dict[str, Any] = {
             "workflow": self.entry.name,
             "version": self.entry.version,
-            # The starts since it made progress: suspending itself is progress too.
+            # The starts since it last made progress; suspending itself is progress, too.
             "attempts": 0 if suspended else self._checkpoints.counted_attempts,
         }
         if status != "completed":
@@ -275,7 +275,7 @@ class Session:
 
     def _output(self, stored: WorkflowSnapshot) -> Any:
         metadata = stored.metadata or {}
-        self._checkpoints.attempts = count(metadata.get("attempts"))
+        self._checkpoints.attempts = as_count(metadata.get("attempts"))
         return self._decode_output(metadata.get("output"))
 
     def _decode_output(self, output: Any) -> Any:
@@ -283,4 +283,4 @@ class Session:
 
     @property
     def _db(self) -> Database:
-        return self.options.store._db
+        return self.options._db

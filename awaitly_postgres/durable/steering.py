@@ -17,14 +17,14 @@ class Steering(Options):
     """The part of `Durable` that acts on stored runs without running them."""
 
     def has_state(self, id: str) -> bool:
-        """Return whether anything is stored as ``id``."""
-        return bool(self.store._db.rows(self.store._sql.exists, {"id": self.store.key(id)}))
+        """Return whether a run or a saved snapshot is stored as ``id``."""
+        return bool(self._db.rows(self._sql.exists, {"id": self.store.key(id)}))
 
     def delete_state(self, id: str) -> bool:
         """Delete the run stored as ``id``; return whether there was one.
 
-        This does not stop a run: one that is running goes on, and stores its state again when it
-        ends. To end it for good, use `cancel`.
+        This does not stop a run: if it is running, it continues, and stores its state again when
+        it ends. To end it for good, use `cancel`.
         """
         return self.store.delete(id)
 
@@ -37,13 +37,13 @@ class Steering(Options):
         return self.store._clear()
 
     def signal(self, id: str, key: str, value: Any, *, conn: Connection | None = None) -> bool:
-        """Answer ``step.wait(key)`` of the run stored as ``id``, also before it gets there.
+        """Answer ``step.wait(key)`` of the run stored as ``id``, even before it gets there.
 
         Args:
             id: the id of the run.
             key: the key of the wait.
-            value: what ``step.wait`` returns; JSON, or what the codec converts to it.
-            conn: your psycopg connection, whose transaction the answer then joins.
+            value: what ``step.wait`` returns; JSON, or a value that the codec converts to JSON.
+            conn: your psycopg connection; the signal is stored in its transaction.
 
         Returns:
             True if the answer was stored; False if there is no such unfinished run, it already has
@@ -51,8 +51,9 @@ class Steering(Options):
 
         Raises:
             NotSerializable: the value is not JSON.
+            ValueError: the id or the key is invalid.
         """
-        sql = self.store._sql
+        sql = self._sql
         value_json = encode(self.codec, value, f"the signal for step {key!r}")
         params = {
             "id": self.store.key(id),
@@ -66,12 +67,12 @@ class Steering(Options):
             tries += 1
             if execute(conn, sql.signal, params):
                 return True
-            # An answer is never overwritten, so a retry finds the key taken, perhaps by the first
-            # try, of which only the reply was lost. Our own value there is the answer we sent.
+            # An answer is never overwritten, so a retry finds the key taken, possibly by the first
+            # try, whose reply was lost. If the stored value is ours, that is what happened.
             taken = fetch(conn, sql.signal_for, params) if tries > 1 else []
             return bool(taken) and _json.as_stored(taken[0][0]) == _json.as_stored(value_json)
 
-        return self.store._db.run(send, self.store._db.joined(conn))
+        return self._db.run(send, self._db.joined(conn))
 
     def cancel(self, id: str, *, conn: Connection | None = None) -> bool:
         """End the run stored as ``id`` for good; return whether there was an unfinished one.
@@ -86,12 +87,12 @@ class Steering(Options):
             "execution": _json.dumps(ended),
             "metadata": _json.dumps({"cancelledAt": now}),
         }
-        sql = self.store._sql
+        sql = self._sql
 
         def work(conn: Connection) -> bool:
-            # The lease's row first, as in every write of a run. This waits for a checkpoint that is
-            # being committed, so that the cancelled snapshot includes it.
+            # Lock the lease's row first, as every write of a run does. This waits for a checkpoint
+            # that is being committed, so that the cancelled snapshot includes it.
             fetch(conn, sql.lock_lease_row, params)
             return bool(fetch(conn, sql.cancel, params))
 
-        return self.store._db.run_once(work, self.store._db.joined(conn))
+        return self._db.run_once(work, self._db.joined(conn))

@@ -35,8 +35,8 @@ class Submitting(Options):
             id: the id of the run; at most 1,000 bytes with the store's prefix.
             fn: the workflow function; it must be registered.
             args: its arguments.
-            conn: a psycopg connection; the run is stored in its transaction, with whatever else
-                that commits. Default: a connection and a commit of its own.
+            conn: your psycopg connection; the run is stored in its transaction. Default: a pooled
+                connection and a separate commit.
             kwargs: its keyword arguments.
 
         Returns:
@@ -45,6 +45,7 @@ class Submitting(Options):
         Raises:
             WorkflowConflict: the id belongs to another workflow or input.
             WorkflowNotFound: ``fn`` is not registered, so nothing could resume it.
+            NotSerializable: an argument is not JSON.
             TypeError: ``fn`` does not take these arguments.
         """
         entry = self._workflows.of(fn)
@@ -54,23 +55,23 @@ class Submitting(Options):
         document = self._accepted(entry, now, input)
         _json.check_size(document, f"the snapshot for {id!r}")
         params = {"id": self.store.key(id), "snapshot": document, "pause": self._delay}
-        conn = self.store._db.joined(conn)
+        conn = self._db.joined(conn)
         tries = 0
 
         def create(conn: Connection) -> bool:
             nonlocal tries
             tries += 1
-            return bool(fetch(conn, self.store._sql.create, params))
+            return bool(fetch(conn, self._sql.create, params))
 
-        if self.store._db.run(create, conn):
+        if self._db.run(create, conn):
             return True
         stored = self.store.load(id, conn=conn)
         if stored is None:
             return False
         metadata = stored.metadata or {}
         entry.check_identity(id, metadata, input)
-        # Found after a retry, it may be what the first try stored, if only the reply was lost: then
-        # it bears the time of this very call.
+        # After a retry, this may be what the first try stored, if only its reply was lost: then it
+        # has the time of this very call.
         return tries > 1 and metadata.get("submittedAt") == now
 
     def submit_many(
@@ -86,8 +87,8 @@ class Submitting(Options):
         Args:
             fn: the workflow function; it must be registered.
             runs: the positional arguments of each run, a tuple or a list, by the id of the run.
-            conn: a psycopg connection; the runs are stored in its transaction. Default: a
-                connection and a commit of its own.
+            conn: your psycopg connection; the runs are stored in its transaction. Default: a pooled
+                connection and a separate commit.
 
         Returns:
             the ids that are new, in the order of ``runs``; the other runs already exist.
@@ -127,7 +128,7 @@ class Submitting(Options):
         conn: Connection | None,
     ) -> list[str]:
         """Store a run for each input, by its id in the table; return the ids that are new there."""
-        sql = self.store._sql
+        sql = self._sql
         document = self._accepted(entry, datetime.now(timezone.utc).isoformat())
 
         def known(conn: Connection, keys: Sequence[str]) -> set[str]:
@@ -149,15 +150,15 @@ class Submitting(Options):
             return created
 
         def work(conn: Connection) -> list[str]:
-            # First this, which opens the caller's transaction if it is not open yet: the block
-            # below would begin and commit one of its own. In an open one it is a savepoint, so that
-            # a caller who catches the conflict and commits has stored none.
+            # Read first, which begins the caller's transaction if none is open: otherwise the block
+            # below would begin and commit one itself. In an open transaction the block is a
+            # savepoint, so that a caller who catches the conflict and commits has stored none.
             old = set().union(*(known(conn, batch) for batch in _batches(inputs)))
             with conn.transaction():
                 batches = _batches(key for key in inputs if key not in old)
                 return [key for batch in batches for key in create(conn, batch)]
 
-        return self.store._db.run_once(work, self.store._db.joined(conn))
+        return self._db.run_once(work, self._db.joined(conn))
 
     def _accepted(self, entry: Entry, now: str, input: str | None = None) -> str:
         """Compose the snapshot of a run that is stored and not started."""

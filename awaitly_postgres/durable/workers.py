@@ -1,4 +1,4 @@
-"""Working through the pending runs: one after another, or several at once in threads."""
+"""Resuming the pending runs: one after another, or several at once in threads."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .session import Session
 
 InProgress = Callable[[Session], AbstractContextManager[object]]  # wraps a start
 Attempt = Callable[[SnapshotInfo, InProgress], Outcome]
-Ended = tuple[Outcome | None, BaseException | None]  # what came of a start, or what it raised
+Ended = tuple[Outcome | None, BaseException | None]  # the outcome of a start, or what it raised
 
 
 @define(eq=False, repr=False)
 class Workers:
-    """Starts runs, and tells how they ended: one worker in the caller's thread, more in their own.
+    """Starts runs and returns their outcomes: one in the caller's thread, several in their own.
 
     The threads are daemons: Python cannot stop a thread, and one that is stuck in a step must not
-    keep the process from ending when it is told to stop at once.
+    keep the process from exiting on a second Ctrl-C.
 
     Args:
         attempt: starts one run, inside the context manager that it is given for its session.
@@ -38,7 +38,7 @@ class Workers:
     _attempt: Attempt
     _count: int
     _leave: Callable[[], object]
-    running: int = 0  # started, and not yet told of
+    running: int = 0  # started, and not yet returned by `next`
     _sessions: set[Session] = field(factory=set)  # of the starts that are in progress
     _is_closed: bool = False
     _threads: list[threading.Thread] = field(factory=list)
@@ -54,7 +54,7 @@ class Workers:
     def start(self, info: SnapshotInfo) -> None:
         """Start a run, with the context variables of the caller."""
         if self._count == 1:
-            # Here, so that Ctrl-C and the like strike in the workflow itself.
+            # In this thread, so that signal handlers raise in the workflow itself.
             self._ended.put((self._attempt(info, self._in_progress), None))
         else:
             if self.running == len(self._threads):
@@ -67,7 +67,7 @@ class Workers:
         try:
             self._threads[-1].start()
         except RuntimeError:
-            # The machine has no more of them: make do with those there are. To raise would abandon
+            # No more threads can be created: continue with the existing ones. Raising would abandon
             # the runs that are in progress.
             self._threads.pop()
             if not self._threads:
@@ -88,8 +88,8 @@ class Workers:
             except BaseException as error:
                 self._ended.put((None, error))
             if os.getpid() != self._pid:
-                # A child that the step has forked has this thread and no other. Nobody there waits
-                # for an outcome, and all else is its parent's.
+                # A child that the step forked has only this thread. Nobody there waits for the
+                # outcome, and everything else belongs to its parent.
                 os._exit(1)
             del task, context  # their values would live as long as this thread waits
         self._leave()
@@ -98,7 +98,7 @@ class Workers:
     def _in_progress(self, session: Session) -> Iterator[None]:
         self._sessions.add(session)
         try:
-            # Asked after it was added: either it is seen here that no run may begin any more, or
+            # Checked after adding it: either this thread sees that no run may begin any more, or
             # `close` sees the session and stops it.
             if self._is_closed:
                 raise KeyboardInterrupt
@@ -107,10 +107,10 @@ class Workers:
             self._sessions.discard(session)
 
     def close(self) -> None:
-        """End the threads. What is still running is abandoned: the process was told to stop now.
+        """End the threads. Runs in progress are abandoned, because the process must stop now.
 
-        An abandoned run is as after Ctrl-C: it records nothing more, and another process can take
-        it over. The code of its current step goes on until it ends by itself or the process does.
+        An abandoned run records nothing more, as after Ctrl-C, and another process can take it
+        over. The code of its current step keeps running until it ends or the process does.
         """
         self._is_closed = True
         for _ in self._threads:
@@ -132,9 +132,8 @@ class Workers:
 class Pass:
     """One pass over the pending runs.
 
-    Only the caller's thread takes runs from the queue and reports their outcomes, so nothing of
-    this needs a lock, and nothing is started between an outcome and what ``on_progress`` says to
-    it.
+    Only the caller's thread takes runs from the queue and reports their outcomes. So nothing here
+    needs a lock, and no run is started before ``on_progress`` has returned.
     """
 
     _queue: Queue
@@ -159,7 +158,7 @@ class Pass:
                         self._take()
                 if not workers.running:
                     return self.outcomes
-                self._take()  # and look again: it may have made others due
+                self._take()  # then list again: it may have made others due
         finally:
             workers.close()
 

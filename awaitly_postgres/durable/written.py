@@ -11,13 +11,13 @@ MAX_INLINE, MIN_FOLDED = 2 * 1024, 8 * 1024
 
 @frozen
 class Written:
-    """What a run has stored so far, as far as it is known to have landed.
+    """What a run is known to have stored so far.
 
     Each write of the snapshot has a number, which it puts into the lease's token. A step appended
-    to the journal has no number, so the write that follows it names the step's key instead.
+    to the journal has no number, so the next write checks for the step's key instead.
     """
 
-    number: int = 0  # of the last write of the snapshot known to have landed
+    number: int = 0  # of the last write of the snapshot known to have succeeded
     tried: int = 0  # of the last one sent: greater than number while its outcome is unknown
     size: int = 0  # characters in the snapshot as of that write
     appended: int = 0  # characters appended to the journal since
@@ -30,7 +30,7 @@ class Written:
     def must_be_rewritten(self) -> bool:
         """Whether the snapshot must be rewritten before another step can be appended.
 
-        A rewrite whose reply was lost could still land, after the append, and erase the step.
+        A rewrite whose reply was lost could still arrive after the append, and erase the step.
         """
         return self.is_outdated or self.tried > self.number
 
@@ -47,11 +47,11 @@ class Written:
         return not (small or due or self.must_be_rewritten)
 
     def trying_append(self) -> Written:
-        """Return the state while an append is under way: the journal may already have the step."""
+        """Return the state during an append: the journal may already have the step."""
         return evolve(self, journal_is_empty=False) if self.journal_is_empty else self
 
     def after_append(self, key: str, size: int) -> Written:
-        """Return the state after an append of ``size`` characters that has landed."""
+        """Return the state after an append of ``size`` characters has succeeded."""
         return Written(
             self.number,
             self.tried,
@@ -62,11 +62,11 @@ class Written:
         )
 
     def trying_rewrite(self) -> Written:
-        """Return the state while a rewrite of the snapshot is under way."""
+        """Return the state while a rewrite of the snapshot is in progress."""
         return evolve(self, tried=self.tried + 1)
 
     def after_rewrite(self, size: int) -> Written:
-        """Return the state after the last rewrite sent has landed, which folded the journal."""
+        """Return the state after the last rewrite, which folded the journal, has succeeded."""
         return Written(
             self.tried,
             self.tried,

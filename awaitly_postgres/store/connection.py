@@ -1,7 +1,7 @@
-"""One connection: a statement on it, and the settings of its session.
+"""One connection: running a statement on it, and the settings of its session.
 
-A connection of the caller's pool is used as it is: it may have row factories and adapters of its
-own, and what is changed of its session is changed back.
+A connection of the caller's pool is used as it is: it may have its own row factories and adapters,
+and whatever is changed in its session is restored.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Row = tuple[Any, ...]
 _STOP_TIMEOUT = 2.0  # seconds for a statement to end
 _NOT_ISOLATED = ("read committed", "read uncommitted")
 
-# What the server has told of a session. Both follow from how the connection was set up, so each is
-# asked once; two threads that ask at the same time are told the same.
+# What the server reported about a session. Both follow from how the connection was set up, so each
+# is queried once; two threads that query at the same time get the same answer.
 # The default isolation of a pool's connections: empty up to READ COMMITTED, None behind a pooler.
 _default_levels: weakref.WeakKeyDictionary[Connection, str | None] = weakref.WeakKeyDictionary()
 # Whether a transaction on a connection of another kind, Django's for example, is isolated.
@@ -43,8 +43,8 @@ def fetch(
 ) -> list[Row]:
     """Run one statement and return its rows, whatever factories and adapters ``conn`` has.
 
-    For a ``custom_plan`` the values are written into the statement, because the planner ignores the
-    values of parameters when it is told to make one plan for all.
+    For a ``custom_plan`` the values become part of the statement, because with
+    ``plan_cache_mode=force_generic_plan`` the planner ignores the values of parameters.
     """
     if custom_plan:
         cursor: psycopg.Cursor[Row] = psycopg.ClientCursor(conn, row_factory=tuple_row)
@@ -54,7 +54,7 @@ def fetch(
         cursor.execute(statement, params, prepare=prepare)
     rows = cursor.fetchall()
     if any(isinstance(value, bytes) for value in (rows[0] if rows else ())):
-        # An SQL_ASCII database makes no promise about encoding, so psycopg leaves text alone.
+        # An SQL_ASCII database has no known encoding, so psycopg returns text as bytes.
         return [tuple(v.decode() if isinstance(v, bytes) else v for v in row) for row in rows]
     return rows
 
@@ -69,12 +69,12 @@ def execute(
 
 
 def parse_conninfo(conninfo: str) -> dict[str, Any]:
-    """Take a connection string apart; no error repeats it, and with it the password."""
+    """Parse a connection string. No error repeats it, because it contains the password."""
     try:
         known = conninfo_to_dict(conninfo)
     except psycopg.Error:
         known = None
-    # Left unescaped, an @ or / of the password makes its rest pass for the host or the port.
+    # After an unescaped @ or /, the rest of the password would be taken for the host or the port.
     if (
         known is None
         or any(host.find("@") > 0 for host in str(known.get("host", "")).split(","))
@@ -92,19 +92,19 @@ def parse_conninfo(conninfo: str) -> dict[str, Any]:
 
 
 def is_clean(conn: Connection) -> bool:
-    """Tell whether no transaction is open, in the server or in psycopg's book-keeping."""
+    """Return whether no transaction is open, neither on the server nor in psycopg's bookkeeping."""
     status = conn.pgconn.transaction_status
     if status == TransactionStatus.UNKNOWN:
-        return True  # closed: the pool sees to it
+        return True  # closed: the pool replaces it
     return status == TransactionStatus.IDLE and not getattr(conn, "_num_transactions", 0)
 
 
 def stop(conn: Connection) -> None:
     """Close a connection whose use was interrupted by an exception from a signal handler.
 
-    It is in the middle of a statement, or of psycopg's book-keeping. First let the server finish or
-    cancel its statement. Otherwise that could take effect later, for example acquire a lease that
-    has already been released.
+    It was in the middle of a statement, or of psycopg's bookkeeping. First let the server finish or
+    cancel the statement: otherwise it could take effect later, for example acquire a lease that has
+    already been released.
     """
     pg, give_up_at = conn.pgconn, time.monotonic() + _STOP_TIMEOUT
     try:
@@ -113,7 +113,7 @@ def stop(conn: Connection) -> None:
             while pg.transaction_status == TransactionStatus.ACTIVE:
                 if (left := give_up_at - time.monotonic()) <= 0:
                     break
-                conn.cancel_safe(timeout=left)  # again: in vain before the statement has begun
+                conn.cancel_safe(timeout=left)  # repeated: no effect until the statement has begun
                 selector.select(0.1)
                 pg.consume_input()
                 while not pg.is_busy() and pg.get_result() is not None:
@@ -126,11 +126,11 @@ def stop(conn: Connection) -> None:
 
 
 def set_read_committed(conn: Connection) -> None:
-    """Have our statements run at READ COMMITTED, whatever the server's or the pool's default is.
+    """Run our statements at READ COMMITTED, whatever the default of the server or the pool is.
 
-    They are written for that level. At SERIALIZABLE they could also abort long transactions of the
-    user that have merely read neighbouring rows. A session behind a pooler, which answers with a
-    process id of its own making, is not ours to change.
+    They are written for that level. At SERIALIZABLE they could also abort the user's long
+    transactions that have merely read neighbouring rows. A session behind a pooler, which reports
+    a made-up process id, is not ours to change.
     """
     if conn not in _default_levels:
         rows = fetch(
@@ -146,19 +146,19 @@ def set_read_committed(conn: Connection) -> None:
 
 
 def set_own_default_level(conn: Connection) -> None:
-    """Undo `set_read_committed`, before a borrowed connection goes back."""
+    """Undo `set_read_committed`, before a borrowed connection is returned."""
     if level := _default_levels.get(conn):
         _set_default_level(conn, level)
 
 
 def set_own_level(conn: Connection) -> None:
-    """Give the user's transaction, which has just begun, the isolation that the user has set up."""
+    """Set the isolation level that the user configured, on a transaction that has just begun."""
     if (level := _default_levels.get(conn)) and conn.isolation_level is None:
         execute(conn, f"SET TRANSACTION ISOLATION LEVEL {level}".encode(), {})
 
 
 def is_isolated(conn: Connection) -> bool:
-    """Tell whether the transaction on ``conn`` sees the rows as they were when it began."""
+    """Return whether the transaction on ``conn`` sees the rows as they were when it began."""
     if conn.isolation_level is not None:
         return conn.isolation_level > psycopg.IsolationLevel.READ_COMMITTED
     if (level := _default_levels.get(conn)) is not None:
@@ -174,19 +174,19 @@ def _set_default_level(conn: Connection, level: str) -> None:
     fetch(conn, statement, {"level": level})
 
 
-# -- sessions of our own -------------------------------------------------------------------
+# -- our own sessions ----------------------------------------------------------------------
 
 
 def set_up_session(conn: Connection) -> None:
-    """Have statements planned once, and a vanished client noticed; behind PgBouncer, neither.
+    """Use generic plans, and have the server notice lost clients; behind PgBouncer, neither.
 
-    With its defaults a server notices after two hours that a client has vanished in the middle of a
-    transaction (a network that swallows everything, a machine without power). Until then it keeps
-    the locks on the rows of the run, and with them the lease. Now it takes two minutes.
+    By default, a server needs two hours to notice that a client has disappeared in the middle of a
+    transaction (dropped packets, a power cut). Until then it keeps the locks on the rows of the
+    run, and with them the lease. With these keepalives it takes two minutes.
 
     Behind PgBouncer no statement may be prepared: the next client of the server connection would
-    find ours under its own names. A pooler answers with a process id of its own making. Citus finds
-    the shard of a row by its id, so it can make no plan for all ids.
+    find our statements under its own names. A pooler is recognized by its made-up process id. Citus
+    finds the shard of a row by its id, so no generic plan fits all ids.
     """
     direct = fetch(
         conn,

@@ -1,9 +1,9 @@
-"""What runs on a connection: statements, retried through an outage, in tables made on first use.
+"""Runs statements: retries them during an outage, and creates the tables on first use.
 
-`Database` runs pieces of work on a connection of its pool, or on one of the caller's. On the pool
-it creates the tables first and retries what an outage interrupts. The caller's connection is used
-as it is, and left unchanged. The driver's errors are translated here. Only those of a transaction
-that a step runs in pass through, since they are the user's own.
+`Database` runs work on a connection of its pool, or on the caller's connection. On the pool it
+creates the tables first, and retries during an outage. The caller's connection is used as it is and
+left unchanged. The driver's errors are translated here, except those of a step's transaction, which
+belong to the user.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = ["ROLLBACK", "Connection", "Database", "Row", "driver_error", "execute
 
 T = TypeVar("T")
 
-_DDL_PATIENCE = "5s"  # to wait for others who make the tables
+_DDL_PATIENCE = "5s"  # to wait for other sessions that create the tables
 
-# SQLSTATE classes and codes of what passes by itself: connection lost, transaction rolled back
+# SQLSTATE classes and codes of transient errors: connection lost, transaction rolled back
 # (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
 _TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
 
-# How Citus tells, as an internal error, that it has lost a worker node.
+# How Citus reports, as an internal error, that it has lost a worker node.
 _NODE_LOST = ("failure on connection marked as essential", "server closed the connection")
 
 ROLLBACK = psycopg.Rollback
@@ -49,9 +49,9 @@ _MADE_BY_OTHERS = (pg.UniqueViolation, pg.DuplicateTable, pg.DuplicateObject)
 
 @define(eq=False, repr=False)
 class Database:
-    """Where one store's statements run.
+    """Runs the statements of one store.
 
-    ``retry_for`` is in seconds.
+    ``retry_for`` is the number of seconds for which a statement is retried during an outage.
     """
 
     sql: Statements
@@ -69,8 +69,8 @@ class Database:
     ) -> T:
         """Run ``work`` on a connection in autocommit mode, or on the caller's ``conn``.
 
-        On the pool it is tried again while the trouble is transient, for ``retry_for`` seconds, so
-        it must be idempotent. On ``conn`` it runs once, inside whatever transaction is open.
+        On the pool it is retried after transient errors, for ``retry_for`` seconds, so it must be
+        idempotent. On ``conn`` it runs once, inside whatever transaction is open.
 
         Raises:
             StoreUnavailable: no connection lasted. StoreError: the server refused.
@@ -88,7 +88,7 @@ class Database:
                 self.pause_or_raise(error, backoff)
 
     def run_apart(self, work: Callable[[Connection], T]) -> T:
-        """Like `run`, on a connection of its own that is closed afterwards."""
+        """Like `run`, on a separate connection that is closed afterwards."""
         backoff = Backoff(time.monotonic() + self.retry_for)
         while True:
             try:
@@ -102,7 +102,7 @@ class Database:
                     raise self.translate(error) from error
 
     def joined(self, conn: Connection | None) -> Connection | None:
-        """Return where to run what may be part of the caller's transaction; see `Pool.joined`."""
+        """Return the connection whose transaction to join, or None; see `Pool.joined`."""
         return self.pool.joined(conn)
 
     def rows(
@@ -122,13 +122,13 @@ class Database:
         return self.run(lambda c: execute(c, statement, params), conn)
 
     def run_once(self, work: Callable[[Connection], T], conn: Connection | None = None) -> T:
-        """Run ``work`` in a transaction of its own, once: the answer survives a lost reply.
+        """Run ``work`` exactly once, in its own transaction: the result survives a lost reply.
 
-        When the reply to the commit is lost, the server is asked what became of the transaction.
+        When the reply to the commit is lost, the server is asked for the transaction's outcome.
         """
         if conn is not None:
             return self._run_on(conn, work)
-        done: list[tuple[str, T]] = []  # a transaction and what it told, before its commit
+        done: list[tuple[str, T]] = []  # a transaction id and its result, before the commit
 
         def in_transaction(conn: Connection) -> T:
             for xid, answer in done:
@@ -138,16 +138,16 @@ class Database:
             with conn.transaction():
                 answer = work(conn)
                 ((xid,),) = fetch(conn, b"SELECT txid_current_if_assigned()::text", {})
-                if xid is not None:  # otherwise it has changed nothing
+                if xid is not None:  # otherwise it changed nothing
                     done.append((xid, answer))
             return answer
 
         return self.run(in_transaction)
 
     def _has_committed(self, conn: Connection, xid: str) -> bool:
-        """Wait until the transaction is over; tell whether it was committed.
+        """Wait until the transaction has ended; return whether it was committed.
 
-        Not for ever: a server that has not noticed that the connection is gone keeps it open.
+        Not for ever: a server that has not noticed the lost connection keeps it open.
         """
         backoff = Backoff(time.monotonic() + self.retry_for)
         while True:
@@ -156,8 +156,9 @@ class Database:
                 return bool(status == "committed")
             if not backoff.pause():
                 raise StoreUnavailable(
-                    "the connection was lost during a commit, and the server has not decided yet "
-                    "what became of it"
+                    "the connection was lost during a commit, and after "
+                    f"{self.retry_for:g} s its outcome is still unknown; check what is stored "
+                    "before you repeat the call"
                 )
 
     def _lend(self, work: Callable[[Connection], T]) -> T:
@@ -169,11 +170,11 @@ class Database:
 
     @property
     def patience(self) -> float:
-        """Seconds to wait for a pooled connection before looking what is wrong."""
+        """Seconds to wait for a pooled connection before finding out what is wrong."""
         return min(PATIENCE, self.retry_for) or PATIENCE
 
     def create_tables(self) -> None:
-        """Make what is missing of the schema, indexes included."""
+        """Create the tables and indexes that are missing."""
         self.run(lambda conn: self._create(conn, list(self.sql.ddl)))
 
     def close(self) -> None:
@@ -184,19 +185,19 @@ class Database:
 
     @contextmanager
     def tolerating_outages(self) -> Iterator[None]:
-        """Let errors of the driver and of ours pass by, for work that is tried again anyway."""
+        """Suppress errors of the driver and of this package, for work that is retried anyway."""
         with suppress(psycopg.Error, AwaitlyError):
             yield
 
     def pause_or_raise(self, error: Exception, backoff: Backoff) -> None:
-        """Return when it is time to try again, or raise ours for an error that is for good."""
+        """Pause before the next try; raise our own error if retrying is useless or time is up."""
         if not self.recover(error) or not backoff.pause():
             raise self.translate(error) from error
 
     def recover(self, error: Exception) -> bool:
-        """Tell whether trying again makes sense, having cleared away what is broken."""
+        """Discard broken connections; return whether retrying makes sense."""
         if isinstance(error, pg.UndefinedTable) and self._auto_create:
-            self._tables_seen = False  # somebody dropped them: look again, as other threads may too
+            self._tables_seen = False  # somebody dropped them: the retry creates them again
             return True
         if isinstance(error, PoolTimeout) and not self.pool.has_worked:
             try:
@@ -211,7 +212,7 @@ class Database:
         return True
 
     def translate(self, error: Exception) -> AwaitlyError:
-        """Return ours for an error of the driver."""
+        """Return our own error for an error of the driver."""
         if isinstance(error, UnicodeEncodeError):
             return StoreError(
                 f"the connection's client encoding cannot carry this text ({error}); "
@@ -225,23 +226,25 @@ class Database:
         if isinstance(error, PoolTimeout):
             return StoreUnavailable(
                 f"no connection to PostgreSQL within {self.retry_for:g} s: the server is not "
-                "reachable, or every pooled connection is busy (raise max_size)"
+                "reachable, or every pooled connection is busy (raise max_size)."
             )
         if isinstance(error, PoolClosed):
             return StoreError("the store's pool is closed, or was never opened; open it first")
         if state is None and isinstance(error, psycopg.OperationalError):
             return StoreUnavailable(f"no connection to PostgreSQL: {self.pool.scrub(detail)}")
         if _is_transient(error):
-            return StoreUnavailable(f"PostgreSQL is not available: {detail} (SQLSTATE {state})")
+            return StoreUnavailable(
+                f"PostgreSQL is not available: {detail} (SQLSTATE {state}). Try again later."
+            )
         return StoreError(f"PostgreSQL refused the statement: {detail} (SQLSTATE {state})")
 
     def _run_on(self, conn: Connection, work: Callable[[Connection], T]) -> T:
         if not isinstance(conn, psycopg.Connection):
             raise WrongType(f"conn must be a psycopg.Connection, not {type(conn).__name__}")
-        self.pool.joined(conn)  # or refused
+        self.pool.joined(conn)  # raises for a connection to another database
         try:
             if self._auto_create and not self._tables_seen:
-                # Tables that this very transaction has made may yet be rolled back.
+                # Tables that this very transaction has created may yet be rolled back.
                 self._tables_seen = self._create_missing(conn)
             return work(conn)
         except (psycopg.Error, UnicodeEncodeError) as error:
@@ -252,18 +255,19 @@ class Database:
     # -- tables ----------------------------------------------------------------------------
 
     def ddl(self) -> str:
-        """Return the statements that make the schema."""
+        """Return the statements that create the schema."""
         return "".join(self.sql.ddl.values())
 
     def _missing(self, conn: Connection) -> tuple[list[str], bool]:
-        """Return the tables that are missing, and whether what is there is there for good."""
+        """Return the missing tables, and whether all exist and are committed."""
         names = [name for name in self.sql.ddl if name]
         found = fetch(conn, self.sql.tables_exist, {"tables": list(self.sql.regclasses.values())})
         missing = [name for name, row in zip(names, found, strict=True) if not row[1]]
         return missing, not missing and all(row[2] for row in found)
 
     def make_tables_at_first(self, conn: Connection) -> None:
-        # Threads that meet here may all do it: what one has made, the others find.
+        # Threads may do this at the same time: `_create` serializes them, and finding a table that
+        # another thread has created is no error.
         if self._auto_create and not self._tables_seen:
             self._create_missing(conn)
             self._tables_seen = True
@@ -275,7 +279,7 @@ class Database:
         return for_good
 
     def _create(self, conn: Connection, names: Sequence[str]) -> None:
-        """Make these tables. Bare IF NOT EXISTS races in the system catalogs, hence the lock."""
+        """Create these tables, under a lock: IF NOT EXISTS alone races in the system catalogs."""
         try:
             with conn.transaction():
                 self._serialize_ddl(conn)
@@ -289,23 +293,24 @@ class Database:
             if not self._missing(conn)[0]:
                 return
             raise SchemaMissing(
-                f"the tables are missing and cannot be made here ({error.diag.message_primary}).",
+                "the tables are missing and cannot be created here "
+                f"({error.diag.message_primary}).",
                 self.ddl(),
             ) from error
 
     def _refuse_on_a_citus_worker(self, conn: Connection) -> None:
-        """Tables made there are that node's own: an id could run there and elsewhere as well."""
+        """Tables created there would be local: an id could then run on two nodes at once."""
         if fetch(conn, self.sql.citus, {}) and fetch(conn, self.sql.citus_worker, {}):
             raise SchemaMissing(
-                "tables are missing, and this server is a worker node of Citus, where they would "
-                "be local: make them on the coordinator and distribute them.",
+                "tables are missing, and this server is a Citus worker node, where they would be "
+                "local: create them on the coordinator and distribute them.",
                 self.ddl(),
             )
 
     def _serialize_ddl(self, conn: Connection) -> None:
-        """Wait for others who make the tables, but not for ever.
+        """Wait for other sessions that create the tables, but not for ever.
 
-        One of them may be a transaction of the caller's that is open until this very call returns.
+        One of them may be the caller's own transaction, which stays open until this call returns.
         """
         ((before,),) = fetch(conn, b"SELECT current_setting('lock_timeout')", {})
         set_timeout = b"SELECT set_config('lock_timeout', %(value)s, true)"
@@ -316,7 +321,7 @@ class Database:
 
 @define
 class Backoff:
-    """Pauses between tries: none after the first failure, then then exponential with jitter."""
+    """Pauses between tries: none after the first failure, then exponential with jitter."""
 
     _give_up_at: float  # by the monotonic clock
     _delay: float = 0.0
@@ -343,7 +348,7 @@ def _is_transient(error: Exception) -> bool:
 
 
 def driver_error(error: BaseException) -> psycopg.Error | None:
-    """Return psycopg's error that ``error`` is, or was made from as Django does."""
+    """Return ``error`` if it is psycopg's, or its cause if that is, as in Django's errors."""
     for candidate in (error, error.__cause__):
         if isinstance(candidate, psycopg.Error):
             return candidate

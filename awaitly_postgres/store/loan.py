@@ -1,4 +1,4 @@
-"""One connection on its way out of a pool and back, wherever an exception may strike meanwhile."""
+"""Borrows a connection from a pool and returns it, wherever a signal handler's exception hits."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @define(eq=False, repr=False)
 class Loan:
-    """One connection from being taken out of a pool to being given back, by one thread."""
+    """One connection that one thread has taken from a pool and will give back."""
 
     _lender: Pool
     _pool: ConnectionPool[Any]
@@ -39,26 +39,27 @@ class Loan:
         try:
             conn: Connection = self._pool.getconn(timeout=timeout)
         except BaseException as error:
-            # One that the pool had in hand would live as long as the traceback. Let go of, it finds
-            # its way back at once: it may be the only one, and a lease is to be given back.
+            # The traceback would keep alive a connection that the pool was about to return. Without
+            # references it returns to the pool at once: it may be the only one, and is needed to
+            # release the lease.
             _let_go(error)
             raise
-        self.conn = conn  # nothing can strike between the two: no function is called
+        self.conn = conn  # no signal handler runs in between: no function is called
         self._lender.has_worked = True
         self._autocommit = conn.autocommit
         if not self._autocommit:
             conn.autocommit = True
-        if not isinstance(conn, OwnConnection):  # which is set up like this for good
+        if not isinstance(conn, OwnConnection):  # our own are configured once, by the pool
             set_read_committed(conn)
         return conn
 
     def give_back(self) -> None:
-        """Give the connection back, if that is not done already."""
+        """Give the connection back, unless that has been done already."""
         conn, loans = self.conn, self._lender._loans
         if conn is None:
             loans.discard(self)
             return
-        with suppress(psycopg.Error):  # broken: the pool will see it, too
+        with suppress(psycopg.Error):  # broken: the pool notices and replaces it
             if not is_clean(conn):
                 stop(conn)
             else:
@@ -70,25 +71,26 @@ class Loan:
         try:
             self._pool.putconn(conn)
         except BaseException as error:
-            # Struck in the pool: either it is in there, where another thread may have got hold of
-            # it, or nobody has it, and it finds its way back as soon as we let go of it.
+            # Raised inside the pool: either the connection is back, and another thread may already
+            # use it, or nobody has it, and `OwnConnection.__del__` returns it once the last
+            # reference is gone.
             self.conn = conn = None
             loans.discard(self)
             _let_go(error)
             raise
         if closed:
-            # Replaced already. The pool leaves ``_pool`` set, so __del__ would take it for lost.
+            # The pool has replaced it, but left ``_pool`` set, so __del__ would consider it lost.
             conn._pool = None
-        self.conn = None  # last: on its way it is still ours, in a forked child too
+        self.conn = None  # last: until putconn returns, a forked child must know about it
         loans.discard(self)
 
 
 class OwnConnection(psycopg.Connection[Any]):
-    """Finds its way back to the pool.
+    """Returns to its pool when the last reference to it is gone.
 
-    An exception out of a signal handler may strike inside the pool, or between its giving a
-    connection and our taking it. Nobody would know of the connection then, and the pool would be
-    smaller by one for good.
+    A signal handler can raise inside the pool, or after ``getconn`` has returned and before we
+    store the result. Without this, nobody would know about the connection, and the pool would be
+    one connection smaller for good.
     """
 
     home: weakref.ref[OwnPool] | None = None
@@ -96,26 +98,26 @@ class OwnConnection(psycopg.Connection[Any]):
     def __del__(self, *args: Any) -> None:
         home = self.home and self.home()
         pool = home and home._pool
-        # One that went back has no ``_pool``, one that the pool has discarded is closed besides.
+        # A returned connection has no ``_pool``; one that the pool discarded is also closed.
         lost = getattr(self, "pgconn", None) and (self._pool is pool or not self.closed)
         if pool and not pool.closed and lost:
-            # In another thread: this one may be anywhere, the pool's own locks included. And in one
-            # call: Python swallows exceptions raised in __del__, and the connection would be lost.
+            # In another thread, because this one may hold the pool's own locks. In a single call,
+            # because Python swallows an exception raised in __del__: the connection would be lost.
             try:  # noqa: SIM105 - suppress() could itself be interrupted
                 _thread.start_new_thread(self._replace, (pool,))
-            except RuntimeError:  # at the end of the process
+            except RuntimeError:  # the interpreter is shutting down
                 pass
         else:
             super().__del__(*args)
 
     def _replace(self, pool: ConnectionPool[Any]) -> None:
-        self.close()  # nobody knows in which state it is; the pool opens another
+        self.close()  # its state is unknown; the pool opens another
         self._pool = pool
         pool.putconn(self)
         self._pool = None
 
 
 def _let_go(error: BaseException) -> None:
-    """Drop what the frames that an exception has struck refer to."""
+    """Drop the references that the frames of a traceback hold."""
     clear_frames(error.__traceback__)
-    gc.collect()  # a cursor that has adapted a list is in a cycle, and keeps its connection
+    gc.collect()  # a cursor that has adapted a list is in a reference cycle with its connection

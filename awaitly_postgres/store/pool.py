@@ -1,8 +1,8 @@
-"""Where connections come from: a pool of the caller's, used as it is, or one of our own.
+"""Where connections come from: the caller's pool, used as it is, or our own.
 
-A `Pool` lends connections, and knows which are lent: a fork, or an exception out of a signal
-handler, may strike meanwhile. It lets the driver's errors pass, for `Database` to retry or to
-translate, and catches them only where a connection is given up anyway.
+A `Pool` lends connections, and keeps track of those that are lent, because a fork or an exception
+from a signal handler can happen meanwhile. It does not catch the driver's errors, which `Database`
+retries or translates, except where a connection is discarded anyway.
 """
 
 from __future__ import annotations
@@ -36,76 +36,76 @@ T = TypeVar("T")
 _log = logging.getLogger("awaitly_postgres")
 
 CONNECT_TIMEOUT = 5  # seconds, for one attempt to reach one host
-PATIENCE = 2.0  # seconds to wait for the pool before looking what is wrong
-_SILENCE = 30  # seconds after which a connection that nothing comes through is given up
+PATIENCE = 2.0  # seconds to wait for the pool before finding out what is wrong
+_SILENCE = 30  # seconds after which a connection without any traffic is considered lost
 
 
 @define(eq=False, repr=False)
 class Pool(ABC):
-    """What lends connections; a subclass says where it has them from."""
+    """Lends connections; a subclass says where they come from."""
 
     has_worked: bool = field(default=False, init=False)
     _pool: ConnectionPool[Any] | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
     _inherited: bool = field(default=False, init=False)
     _is_known_to_be_small: bool = field(default=False, init=False)
-    # No WeakSet: that calls Python code when a loan dies, and there Ctrl-C would be swallowed.
+    # Not a WeakSet: it runs Python code when a loan is collected, where Ctrl-C would be swallowed.
     _loans: set[Loan] = field(factory=set, init=False)
 
     def __attrs_post_init__(self) -> None:
         _pools.add(self)
 
     def opened(self) -> ConnectionPool[Any]:
-        """Return the pool itself, or raise StoreError where it must not be used."""
+        """Return the psycopg pool; raise StoreError if it must not be used (closed, forked)."""
         if self._closed:
-            raise StoreError("this store is closed; make a new one with postgres()")
+            raise StoreError("this store is closed; create a new one with postgres()")
         if self._inherited:
             raise StoreError(
-                f"the store's pool was opened before this process ({os.getpid()}) was forked and "
-                "belongs to its parent; make a pool and a store in the child"
+                f"the store's pool was opened before this process ({os.getpid()}) was forked, and "
+                "belongs to its parent; create a pool and a store in the child"
             )
         return self._open()
 
     @abstractmethod
     def _open(self) -> ConnectionPool[Any]: ...
 
-    def refuse_to_run_here(self) -> None:  # noqa: B027 - most lend anywhere
-        """Raise where a run would outlive what the caller is about to roll back."""
+    def refuse_to_run_here(self) -> None:  # noqa: B027 - only Django's pool refuses
+        """Raise inside a transaction whose rollback would undo what recorded steps wrote."""
 
-    def leave_thread(self) -> None:  # noqa: B027 - most keep nothing for a thread
-        """Let go of what is kept for the current thread, which is about to end."""
+    def leave_thread(self) -> None:  # noqa: B027 - only Django keeps connections per thread
+        """Close the connections of the current thread, which is about to end."""
 
     def make_room(self, count: int) -> None:
-        """See to it that so many threads can have a connection, or say once what to change."""
+        """Make room for this many threads; log a warning, once, if the pool is too small."""
         most = self.opened().max_size
         if 0 < most < count and not self._is_known_to_be_small:
             self._is_known_to_be_small = True
             _log.warning(
-                "the pool has at most %d connections, and %d threads are to share it: they may "
-                "wait for each other. Raise its max_size.",
+                "the pool has at most %d connections, and %d threads share it: they may wait for "
+                "each other. Raise its max_size.",
                 most,
                 count,
             )
 
     def joined(self, conn: Connection | None) -> Connection | None:
-        """Return where to run what may be part of the caller's transaction: ``conn``, if given.
+        """Return the connection whose transaction to join: ``conn``, if given.
 
-        A pool that knows the caller's transactions refuses one of another database, and finds the
-        one to join where none is given. None: on the pool.
+        Django's pool raises if ``conn`` is to another database, and without ``conn`` returns the
+        connection on which ``atomic()`` is open. None means: use a connection of the pool.
         """
         return conn
 
     def close(self) -> None:
-        """Lend nothing any more."""
+        """Stop lending connections."""
         self._closed = True
 
     # -- lending ---------------------------------------------------------------------------
 
     def lend(self, work: Callable[[Connection], T], timeout: float) -> T:
-        """Run ``work`` on a connection in autocommit mode, waiting so many seconds for one.
+        """Run ``work`` on a connection in autocommit mode; wait ``timeout`` seconds for one.
 
-        No context manager: an exception out of a signal handler may strike after one is entered
-        and before its block is, or before it is left.
+        Not a context manager: a signal handler can raise between the return of ``__enter__`` and
+        the first line of the block, or before ``__exit__``.
         """
         loan = self.loan()
         try:
@@ -114,24 +114,24 @@ class Pool(ABC):
             finally:
                 loan.give_back()
         except BaseException:
-            loan.give_back()  # in case the exception has struck before or in the line above
+            loan.give_back()  # again: the exception may have been raised in the finally above
             raise
 
     def loan(self) -> Loan:
-        """Return a loan, with which a connection is taken and given back."""
+        """Return a `Loan`, which takes a connection and gives it back."""
         loan = Loan(self, self.opened())
-        self._loans.add(loan)  # before there is anything to lose
+        self._loans.add(loan)  # before it has a connection that could get lost
         return loan
 
     def new_connection(self) -> Connection:
-        """Connect as the pool does, for what must not wait for a connection of the pool."""
+        """Connect as the pool does, for work that must not wait for a pooled connection."""
         pool = self.opened()
         conninfo = pool.conninfo() if callable(pool.conninfo) else pool.conninfo
         kwargs = pool.kwargs() if callable(pool.kwargs) else pool.kwargs
         settings = {"connect_timeout": CONNECT_TIMEOUT, **(kwargs or {}), "autocommit": True}
         conn: Connection = psycopg.Connection.connect(conninfo, **settings)
         try:
-            # What the pool does to its connections, a role or a search path that it sets.
+            # Configure it as the pool configures its connections (a role, a search path).
             if (configure := getattr(pool, "_configure", None)) is not None:
                 configure(conn)
             conn.autocommit = True
@@ -144,13 +144,13 @@ class Pool(ABC):
     # -- trouble ---------------------------------------------------------------------------
 
     def purge(self) -> None:
-        """Close what is broken: one dead connection means that the others probably are too."""
+        """Discard broken connections: if one is dead, others probably are too."""
         if self._pool is not None:
             with suppress(psycopg.Error):
                 self._pool.check()
 
     def connect_once(self) -> None:
-        """Connect without the pool, which hides from its clients why it cannot."""
+        """Connect without the pool, which does not say why it cannot connect."""
         pool = self._pool
         if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
             return
@@ -159,7 +159,7 @@ class Pool(ABC):
         psycopg.connect(pool.conninfo, **kwargs).close()
 
     def scrub(self, text: str) -> str:
-        """Take the password out of what the driver says."""
+        """Remove the password from a message of the driver."""
         if self._pool is not None and isinstance(self._pool.conninfo, str):
             with suppress(psycopg.Error):
                 if password := conninfo_to_dict(self._pool.conninfo).get("password"):
@@ -169,10 +169,10 @@ class Pool(ABC):
     # -- fork ------------------------------------------------------------------------------
 
     def _leave_to_the_parent(self) -> None:
-        """In a forked child, let go of what the parent goes on using."""
-        # A step that forks leaves the child inside its transaction, which it would roll back, on a
-        # connection that is shared. Its descriptor is redirected to /dev/null; the parent has its
-        # own.
+        """In a forked child, detach from the connections that the parent keeps using."""
+        # If a step forks, the child is inside the step's transaction and would roll it back, on a
+        # connection that it shares with the parent. So its copy of the descriptor is redirected to
+        # /dev/null; the parent's copy is not affected.
         for loan in list(self._loans):
             with suppress(OSError, psycopg.Error):
                 if loan.conn is not None:
@@ -186,12 +186,12 @@ class Pool(ABC):
 
 @define(eq=False, repr=False)
 class GivenPool(Pool):
-    """A pool of the caller's: used as it is, and never closed."""
+    """The caller's own pool: used as it is, and never closed."""
 
     _given: ConnectionPool[Any]
 
     def __attrs_post_init__(self) -> None:
-        self._pool = self._given  # there before its first use, and to a child not its own
+        self._pool = self._given  # set now, so that a child forked before first use inherits it
         super().__attrs_post_init__()
 
     def _open(self) -> ConnectionPool[Any]:
@@ -200,9 +200,9 @@ class GivenPool(Pool):
 
 @define(eq=False, repr=False)
 class OwnPool(Pool):
-    """A pool that is opened when it is first used, and closed at the end.
+    """Our own pool: opened on first use, and closed with the store or at exit.
 
-    ``conninfo`` may be a function, which is then called at first use.
+    ``conninfo`` may be a function, which is then called on first use.
     """
 
     _conninfo: str | Callable[[], str]
@@ -218,14 +218,14 @@ class OwnPool(Pool):
         super().__attrs_post_init__()
 
     def opened(self) -> ConnectionPool[Any]:
-        """Return the pool, which one of the threads that meet here has made."""
-        with self._lock:  # the question whether it is closed included: none is made after that
+        """Return the pool; the first thread that gets here creates it."""
+        with self._lock:  # includes the check for closed, so that `close` is final
             return super().opened()
 
     def _open(self) -> ConnectionPool[Any]:
         if self._pool is None:
             self._pool = self._make()
-            # Not a method of self: a finalizer must not keep what it finalizes alive.
+            # Not a method of self: a finalizer must not keep its object alive.
             self._finalizer = weakref.finalize(self, _close_pool, self._pool, os.getpid())
         return self._pool
 
@@ -234,20 +234,20 @@ class OwnPool(Pool):
         known = parse_conninfo(conninfo)
         defaults = {
             "connect_timeout": CONNECT_TIMEOUT,
-            "tcp_user_timeout": _SILENCE * 1000,  # ms: a network that swallows everything
+            "tcp_user_timeout": _SILENCE * 1000,  # ms, for a network that drops all packets
             "keepalives_idle": _SILENCE,
             "client_encoding": "utf8",
             "fallback_application_name": "awaitly_postgres",
         }
         kwargs = {k: v for k, v in defaults.items() if k not in known}
         kwargs |= {**self._kwargs, "autocommit": True}
-        home = weakref.ref(self)  # the pool keeps its configuration, and would keep us alive
+        home = weakref.ref(self)  # weak: the pool keeps `configure`, which would keep us alive
 
         def configure(conn: OwnConnection) -> None:
             set_read_committed(conn)
             if "prepare_threshold" not in kwargs:
                 set_up_session(conn)
-            conn.home = home  # last: one that cannot be set up, the pool replaces by itself
+            conn.home = home  # last: a connection that fails above is replaced by the pool itself
 
         pool: ConnectionPool[Any] = kind(
             conninfo,
@@ -257,31 +257,31 @@ class OwnPool(Pool):
             max_size=self._max_size,
             open=False,
             configure=configure,
-            # A short one: the pool doubles its pauses and would sleep through a recovery.
+            # Short: the pool doubles its pauses, and with a long one would miss a recovery.
             reconnect_timeout=PATIENCE,
         )
         pool.open(wait=False)
         return pool
 
     def make_room(self, count: int) -> None:
-        """Let the pool grow to so many connections; with ``_min_size`` it shrinks again."""
+        """Let the pool grow to this many connections; idle ones above ``min_size`` close again."""
         with self._lock:
             self._max_size = max(self._max_size, count)
-            if self._pool is not None and self._finalizer is not None:  # made here, not given
+            if self._pool is not None and self._finalizer is not None:  # our own, not Django's
                 self._pool.resize(self._min_size, self._max_size)
         super().make_room(count)
 
     def close(self) -> None:
         """Close the pool, once."""
-        with self._lock:  # another thread may be making it
+        with self._lock:  # another thread may be opening it
             self._closed = True
             finalizer, self._finalizer = self._finalizer, None
         if finalizer is not None:
-            finalizer()  # not under the lock: it waits for the pool's threads
+            finalizer()  # outside the lock, because it waits for the pool's threads
 
     def _leave_to_the_parent(self) -> None:
-        self._lock = Lock()  # the old one may be held by a thread that is not here
-        if self._finalizer is not None:  # the pool is ours, and the child opens its own
+        self._lock = Lock()  # the old one may be held by a thread that the child does not have
+        if self._finalizer is not None:  # our own pool: the child opens a new one
             _left_to_the_parent.extend([self._pool, self._finalizer])
             self._finalizer.detach()
             self._pool = self._finalizer = None
@@ -291,12 +291,13 @@ class OwnPool(Pool):
 # -- fork and exit -------------------------------------------------------------------------
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-_left_to_the_parent: list[object] = []  # referenced for ever: closing them would reach the parent
+_left_to_the_parent: list[object] = []  # never collected: closing them would affect the parent
 
 
 def _close_pool(pool: ConnectionPool[Any], pid: int) -> None:
     if os.getpid() == pid:
-        # An attempt to connect may hang; exit must not. The time is for each of three workers.
+        # A connection attempt may hang, but exit must not. The timeout applies to each of three
+        # threads.
         pool.close(timeout=0.5)
 
 

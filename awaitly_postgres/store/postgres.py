@@ -1,4 +1,4 @@
-"""``postgres()``: a store from a URL, from a pool of yours, or from a server of its own."""
+"""``postgres()``: creates a store from a URL, from your own pool, or on a private server."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ def postgres(
     kwargs: Mapping[str, Any] | None = None,
     retry_for: float = 30.0,
 ) -> SnapshotStore:
-    """Make a `SnapshotStore`. Nothing is opened, and no error of the database comes, until its use.
+    """Create a `SnapshotStore`. It connects on first use, so only then can the database fail.
 
     Args:
         url: a PostgreSQL URL or libpq conninfo; ``"embedded"`` starts a private server from the
-            ``[embedded]`` extra, for trying out and for tests.
-        pool: a pool of yours instead, used as it is and never closed. Exactly one of the two.
-        table: where the snapshots are; the journal is beside it, as ``<table>_steps``.
-        lock_table: where the leases are.
-        schema: where the tables are (default: as the search path has it).
-        prefix: put before every id in the tables, and taken off in what comes back.
-        auto_create_table: make missing tables on first use.
+            ``[embedded]`` extra, for development and tests.
+        pool: your own pool instead, used as it is and never closed. Give either this or ``url``.
+        table: the table of the snapshots; the journal is ``<table>_steps``.
+        lock_table: the table of the leases.
+        schema: the schema of the tables (default: the search path decides).
+        prefix: prepended to every id in the tables, and removed from ids that are returned.
+        auto_create_table: create missing tables on first use.
         journal: False rewrites the whole snapshot at each step, for tables that Node reads while
-            a workflow runs; the third table is then neither needed nor made.
-        min_size: connections kept open for good; of the others one closes after ten idle minutes,
-            then the next.
+            a workflow runs; the journal table is then neither needed nor created.
+        min_size: connections that stay open while idle; others close after ten idle minutes, one
+            at a time.
         max_size: connections at most.
         kwargs: further arguments of ``psycopg.connect``.
-        retry_for: seconds for which a statement that an outage interrupts is tried again.
+        retry_for: seconds for which a statement is retried during an outage.
 
     Raises:
         ValueError, TypeError: an argument is wrong.
@@ -58,9 +58,9 @@ def postgres(
     if prefix:
         check_id(prefix, "prefix")
     if retry_for < 0:
-        raise ValueError(f"retry_for must not be negative, is {retry_for!r}")
+        raise ValueError(f"retry_for must be 0 or more seconds, not {retry_for!r}")
     if lock_table in (table, f"{table}_steps"):
-        raise ValueError(f"lock_table {lock_table!r} is taken: the snapshots or journal are there")
+        raise ValueError(f"lock_table {lock_table!r} is another table already; choose another")
     sql = compose(
         check_name(table, "table"),
         check_name(lock_table, "lock_table"),
@@ -77,7 +77,7 @@ def postgres(
 
 def _check_source(url: object, pool: object) -> None:
     if (url is None) == (pool is None):
-        raise TypeError("give either a url or a pool")
+        raise TypeError("postgres() takes either a url or a pool=, not both and not neither")
     if url is not None and not isinstance(url, str):
         raise TypeError(f"url must be a string, not {type(url).__name__}")
     if pool is not None and not isinstance(pool, (ConnectionPool, Pool)):
@@ -85,6 +85,6 @@ def _check_source(url: object, pool: object) -> None:
 
 
 def _start_embedded() -> str:
-    from .. import embedded  # its extra is imported when it is asked for, and only then
+    from .. import embedded  # imports its extra, so only when it is needed
 
     return embedded.start()

@@ -1,7 +1,7 @@
-"""The renewal of leases in the background, by one thread for each store.
+"""Renews leases in the background, in one thread per store.
 
-It works on a connection of its own, for those of the pool may all be in long transactions, and one
-lease that cannot be renewed costs no other its renewal.
+It uses its own connection, because those of the pool may all be in long transactions. A lease that
+cannot be renewed does not keep others from being renewed.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ _LINGER = 1.0  # seconds for which the thread waits for another lease before it 
 
 @define(eq=False, repr=False)
 class _Renewer:
-    """Renews what is kept, every third of its ttl, until `drop` or until nobody holds it.
+    """Renews each lease every third of its ttl, until `drop` or until it is garbage collected.
 
     The thread starts with the first lease and ends soon after the last.
     """
 
-    # Weak, both: the thread keeps neither the store nor a lease alive.
+    # Both are weak: the thread keeps neither the store nor a lease alive.
     _db: weakref.ref[Database]
     _due: weakref.WeakKeyDictionary[Lease, float] = field(factory=weakref.WeakKeyDictionary)
-    # Taken by itself: a condition that takes its lock does so in Python, and an exception out of a
-    # signal handler that strikes there leaves it locked.
+    # Acquired directly, not through the condition: `Condition.__enter__` is Python code, and a
+    # signal handler that raises in it would leave the lock held.
     _lock: threading.RLock = field(factory=threading.RLock)
     _changed: threading.Condition = field(init=False)
     _thread: threading.Thread | None = None
@@ -43,7 +43,7 @@ class _Renewer:
     def keep(self, lease: Lease) -> None:
         with self._lock:
             due = self._due[lease] = time.monotonic() + lease.ttl / 3
-            # One that could not be started, or was struck by an interrupt, is not alive either.
+            # A thread that failed to start, or was interrupted while starting, is not alive either.
             if self._thread is None or not self._thread.is_alive():
                 self._thread = threading.Thread(
                     target=self._work, name="awaitly-lease-renewal", daemon=True
@@ -51,7 +51,7 @@ class _Renewer:
                 try:
                     self._thread.start()
                 except KeyError as error:
-                    # Thread.start() turns an exception raised at that moment into this KeyError.
+                    # A signal handler raised in Thread.start(), which hides it behind a KeyError.
                     raise error.__context__ or error from None
             elif due < self._wakes_at:
                 self._changed.notify()
@@ -71,43 +71,43 @@ class _Renewer:
                 with db.tolerating_outages():
                     if conn is None or conn.closed:
                         conn = db.pool.new_connection()
-                    # Without the lock: others may be kept and dropped while the server thinks.
+                    # Without the lock: leases may be added and dropped while the server works.
                     rows = fetch(conn, db.sql.renew, {**lease.params, "ttl": lease.ttl})
                     kept = lease.renewed(rows)
                     if rows and rows[0][1] is not None:
                         pause = lease.ttl / 3
                 with self._lock:
-                    # Dropped meanwhile, it is not put back: its holder has released it, or is
-                    # about to. A renewal that overtakes the release is deleted by it, and one that
-                    # comes after it finds no row.
+                    # If it was dropped meanwhile, it is not added again: its holder has released it
+                    # or is about to. A renewal before the release is harmless, because the release
+                    # deletes the row; a renewal after it finds no row.
                     if kept and lease in self._due:
                         self._due[lease] = time.monotonic() + pause
                     else:
                         self._due.pop(lease, None)
-                del lease, db  # or they would live through the wait
+                del lease, db  # they must not be kept alive by the wait below
         finally:
             if conn is not None:
                 conn.close()
 
     def _next(self) -> Lease | None:
-        """Wait for the first lease that is due; None when there has been none for a while."""
+        """Wait for the next lease that is due; return None if there is none for a while."""
         idle = False
         with self._lock:
             while True:
                 lease = min(self._due, key=lambda kept: self._due[kept], default=None)
                 if lease is None and idle:
-                    # Under the lock: who keeps a lease after this finds no thread and starts one.
+                    # Under the lock: a `keep` after this finds no thread and starts one.
                     self._thread = None
                     return None
                 now = time.monotonic()
-                # At most so long, for nobody tells when the last one goes.
+                # No longer than this, because nothing wakes us when the last lease is collected.
                 self._wakes_at = now + _LINGER
                 if lease is not None:
                     self._wakes_at = min(self._due[lease], self._wakes_at)
                     if self._wakes_at <= now:
                         return lease
                 idle = lease is None
-                del lease  # so that one which nobody holds any more goes away meanwhile
+                del lease  # so that it can be collected during the wait
                 self._changed.wait(self._wakes_at - now)
 
 
@@ -116,9 +116,9 @@ _renewers_lock = threading.Lock()
 
 
 def keep_renewed(lease: Lease) -> None:
-    """Renew ``lease`` in the background until `stop_renewing` or until nobody holds it."""
+    """Renew ``lease`` in the background until `stop_renewing` or until it is garbage collected."""
     db = lease._db
-    with _renewers_lock:  # of threads that meet here, one makes the store's renewer
+    with _renewers_lock:  # only one thread creates the store's renewer
         renewer = _renewers.get(db)
         if renewer is None:
             renewer = _renewers[db] = _Renewer(weakref.ref(db))
@@ -126,15 +126,16 @@ def keep_renewed(lease: Lease) -> None:
 
 
 def stop_renewing(lease: Lease) -> None:
-    """Leave ``lease`` to run out, or to be released; it may have been left already."""
+    """Stop renewing ``lease``, which then expires or is released. Safe to repeat."""
+    # Without the lock: the renewer of a lease was stored before `keep_renewed` returned.
     if (renewer := _renewers.get(lease._db)) is not None:
         renewer.drop(lease)
 
 
 def _after_fork_in_child() -> None:
     global _renewers, _renewers_lock
-    # The parent renews its own, on a connection that the child must not close. The threads are not
-    # here, and one of them may have held the lock.
+    # The parent keeps renewing its leases, on a connection that the child must not close. The
+    # child does not have its threads, one of which may have held the lock.
     _left_to_the_parent.append(_renewers)
     _renewers, _renewers_lock = weakref.WeakKeyDictionary(), threading.Lock()
 

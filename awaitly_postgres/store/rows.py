@@ -1,7 +1,7 @@
-"""What the tables hold, as values: runs and their steps, where they stand, and text to show.
+"""Rows as values: runs with their state and steps, and the words in which they are described.
 
-The command line and the admin describe runs in these words only. The state itself is computed by
-``fragment: state`` in queries.sql.
+The command line and the admin use only these. The state is computed by ``fragment: state`` in
+queries.sql.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ State = Literal["pending", "running", "waiting", "retrying", "completed", "faile
 
 STATES: tuple[State, ...] = typing.get_args(State)
 
-_NEVER = 9999  # the year of a wakeAt that only a signal ends
+_NEVER = 9999  # the year of the wakeAt of a run that waits for a signal only
 _CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
-_FEW = 10  # first, last, longest and failed steps that are shown of many
+_FEW = 10  # of many steps, this many of the first, last, longest and failed are shown
 
 
 @frozen
 class SnapshotInfo:
-    """One line of a listing. ``updated_at`` is aware; for a long run, that of its last rewrite."""
+    """An entry of a listing.
+
+    ``updated_at`` is an aware datetime: when the snapshot was last written. A run that appends its
+    steps to the journal does not change it.
+    """
 
     id: str
     status: str
@@ -47,9 +51,9 @@ class SnapshotInfo:
 
 @frozen
 class StoreStats:
-    """How much is stored: snapshots in all, by stored status and by state, and the size in bytes.
+    """Counts of snapshots: in total, by stored status, and by state; and the size in bytes.
 
-    The size is that of all tables and indexes. A status or state that no snapshot has is left out.
+    The size includes all tables and indexes. A status or state without snapshots is left out.
     """
 
     total: int
@@ -59,7 +63,7 @@ class StoreStats:
 
     @classmethod
     def from_rows(cls, rows: Sequence[Sequence[Any]]) -> StoreStats:
-        """Read what the statement ``stats`` counts: of the completed ones, all but the others."""
+        """Read the rows of the statement ``stats``; the completed are the total minus the rest."""
         numbers = {what: count for what, *_, count in rows}
         counted = [row[1:] for row in rows if row[0] == "unfinished"]
         if completed := numbers["total"] - sum(count for *_, count in counted):
@@ -75,10 +79,12 @@ class StoreStats:
 class StepInfo:
     """One recorded step.
 
-    ``state`` is ``"completed"`` or ``"failed"``; ``duration`` is in seconds; both times are None if
-    nobody measured them. ``value`` is JSON as stored. Of a failed step, ``error`` is the exception,
-    rebuilt (by `Durable.get` only), ``traceback`` its text, and ``cause`` and ``stored_error`` the
-    JSON they are made of. ``map`` is the key of the map that it is an item of, if any.
+    ``state`` is ``"completed"`` or ``"failed"``. ``started_at`` is an aware datetime and
+    ``duration`` is in seconds; both are None if they were not recorded. ``value`` is JSON, as
+    stored. For a failed step, ``error`` is the rebuilt exception (from `Durable.get` only),
+    ``traceback`` its text, and ``cause`` and ``stored_error`` the JSON behind both. ``seq`` is its
+    place in the order of recording, infinite if unknown. ``map`` is the key of the map that it is
+    an item of, if any, and ``map_count`` the number of items of that map.
     """
 
     key: str
@@ -96,7 +102,7 @@ class StepInfo:
 
     @classmethod
     def from_json(cls, key: str, step: Mapping[str, Any]) -> StepInfo:
-        """Read the JSON of a step, whoever wrote it."""
+        """Read the JSON of a step, whether Python or Node wrote it."""
         meta = as_mapping(step.get("meta"))
         milliseconds = meta.get("durationMs")
         return cls(
@@ -120,12 +126,12 @@ class StepInfo:
 
     @property
     def seconds(self) -> float:
-        """How long it took, as far as anybody measured."""
+        """How long it took; 0 if that was not recorded."""
         return self.duration or 0.0
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it failed, and why that, nearest first; nothing if it did not fail."""
+        """Why it failed: the error, then its causes; empty if it did not fail."""
         if self.ok:
             return ()
         return reasons(self.cause) or (json.dumps(self.stored_error, ensure_ascii=False),)
@@ -137,18 +143,19 @@ class RunInfo:
 
     ``state`` is one of
 
-    - ``"pending"``: accepted, or its process died, and it is due;
-    - ``"running"``: somebody holds its lease, ``holder``, until ``held_until`` unless renewed;
+    - ``"pending"``: due, because it was submitted or its process died;
+    - ``"running"``: a process, ``holder``, has its lease until ``held_until`` unless renewed;
     - ``"waiting"``: for a time, or for a signal to one of ``waits_for``;
-    - ``"retrying"``: it failed or died, and is tried again at ``next_at``;
+    - ``"retrying"``: it failed or its process died, and it is retried at ``next_at``;
     - ``"completed"``, ``"failed"`` (for good), ``"cancelled"``.
 
-    ``attempts`` counts the starts since it last got further. ``metadata`` is what the user gave.
-    ``maps`` says how far each `Step.map` has got: items completed, and items in all, by its key; a
-    listing has only those of runs that have not completed.
-    `Durable.get` also fills in the ``input`` (JSON as stored), the ``result``, the ``error`` (the
-    exception, rebuilt), its ``traceback``, the JSON ``cause`` that both are made of, and the
-    ``steps`` as well; a listing does not read them.
+    ``attempts`` counts the starts since the run last made progress. ``metadata`` is the user's own.
+    ``maps`` has the progress of each `Step.map` by its key: items completed, and items in total; in
+    a listing, only for runs that have not completed. All times are aware datetimes.
+
+    `Durable.get` also fills in ``input`` (JSON, as stored), ``result``, ``error`` (the rebuilt
+    exception), its ``traceback``, ``cause`` (the JSON behind both) and ``steps``; listings do not
+    read them.
     """
 
     id: str
@@ -175,7 +182,7 @@ class RunInfo:
 
     @classmethod
     def from_columns(cls, columns: Sequence[Any], prefix: str) -> RunInfo:
-        """Read the columns ``run_columns``, and take the store's prefix off the id."""
+        """Read the columns of ``run_columns``, and remove the store's prefix from the id."""
         key, status, state, updated_at, step_count, maps, text, holder, until, now = columns
         metadata = _json.loads(text) if text else {}
         name, version = metadata.get("workflow"), metadata.get("version")
@@ -201,13 +208,13 @@ class RunInfo:
 
     @property
     def is_due(self) -> bool:
-        """Whether it would be taken up now, if nobody holds it."""
+        """Whether it would be resumed now, if nobody holds it."""
         due = self.next_at is None or self.next_at <= self.seen_at
         return self.state == "pending" or (self.state == "retrying" and due)
 
     @property
     def what_next(self) -> str:
-        """When it goes on, in words; nothing if never, or if a process is running it now."""
+        """When it continues, in words; empty if never, or if a process is running it now."""
         if self.workflow is None or self.state in ("running", "completed", "failed", "cancelled"):
             return ""
         if self.is_due:
@@ -219,18 +226,18 @@ class RunInfo:
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """Why it failed last, and why that, nearest first; nothing if it did not fail."""
+        """Why it last failed: the error, then its causes; empty if it did not fail."""
         return reasons(self.cause)
 
     @property
     def progress(self) -> str:
-        """How far its maps have got that are not complete, in words; nothing if there are none."""
+        """The progress of its incomplete maps, in words; empty if there are none."""
         open_maps = [f"{key} {n}/{of}" for key, (n, of) in self.maps.items() if n < of]
         return ", ".join(open_maps)
 
     @property
     def held_by(self) -> str:
-        """``host:pid`` of the holder; the rest of a token only makes it unique."""
+        """The ``host:pid`` of the holder; the rest of the token only makes it unique."""
         token = self.holder or ""
         return token.rpartition(":")[0] or token
 
@@ -241,21 +248,21 @@ class RunInfo:
 
 
 def check_state(state: str | None) -> str | None:
-    """Return ``state`` if it is one of the seven words, or None; else raise ValueError."""
+    """Return ``state`` if it is one of the seven states, or None; else raise ValueError."""
     if state is not None and state not in STATES:
         raise ValueError(f"state must be one of {', '.join(STATES)}, not {state!r}")
     return state
 
 
 def steps_of(snapshot: WorkflowSnapshot) -> list[StepInfo]:
-    """Return the steps in the order in which they began, those that nobody measured last."""
+    """Return the steps in the order in which they began; those without a start time come last."""
     steps = [StepInfo.from_json(*item) for item in snapshot.to_json()["steps"].items()]
     steps.sort(key=lambda step: step.seq)
     return sorted(steps, key=lambda s: s.started_at.timestamp() if s.started_at else float("inf"))
 
 
 def maps_of(steps: Sequence[StepInfo]) -> dict[str, tuple[int, int]]:
-    """Return how many items of each map have completed, and how many there are."""
+    """Return the number of completed items and of all items of each map, by its key."""
     found: dict[str, tuple[int, int]] = {}
     for step in steps:
         if step.map is not None:
@@ -265,7 +272,7 @@ def maps_of(steps: Sequence[StepInfo]) -> dict[str, tuple[int, int]]:
 
 
 def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
-    """Return one entry for all completed items of a map, as in ``resize 317/1000``."""
+    """Replace the completed items of each map by one entry, such as ``resize 317/1000``."""
     shown: dict[str, StepInfo] = {}
     progress = maps_of(steps)
     for step in steps:
@@ -294,7 +301,7 @@ def reasons(failure: object) -> tuple[str, ...]:
 
 
 def traceback_of(failure: object) -> str | None:
-    """Return the stored traceback of a failure, those of its causes above it, as Python has it."""
+    """Return the stored traceback of a failure, preceded by those of its causes as in Python."""
     stacks: list[str] = []
     while isinstance(failure, Mapping):
         if isinstance(stack := failure.get("stack"), str):
@@ -304,7 +311,7 @@ def traceback_of(failure: object) -> str | None:
 
 
 def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:
-    """Check a snapshot and write it as JSON text, before any connection is asked for."""
+    """Validate a snapshot and return it as JSON text, before a connection is acquired."""
     if isinstance(snapshot, Mapping):
         snapshot = WorkflowSnapshot.from_json(snapshot)
     if not isinstance(snapshot, WorkflowSnapshot):
@@ -321,9 +328,9 @@ def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> 
 def decode_snapshot(
     id: str, text: str, journal: str | None, keep_texts: bool = False
 ) -> WorkflowSnapshot:
-    """Read a row: the snapshot, with the steps of its journal laid under it.
+    """Read a row: the snapshot, and the steps of the journal that it does not have yet.
 
-    ``keep_texts`` keeps the text of each step, for a run that will write them again.
+    ``keep_texts`` keeps the JSON text of each step, for a run that will write them again.
     """
     try:
         document, texts = _json.loads_document(text) if keep_texts else (_json.loads(text), {})
@@ -340,7 +347,7 @@ def decode_snapshot(
 
 
 def is_input(value: object) -> bool:
-    """Tell whether this is an input as we record it; Node's users record theirs in any shape."""
+    """Return whether ``value`` is an input that we recorded; Node users store any shape."""
     return (
         isinstance(value, Mapping)
         and set(value) == {"args", "kwargs"}
@@ -350,9 +357,9 @@ def is_input(value: object) -> bool:
 
 
 def elide_steps(steps: Sequence[StepInfo], most: int) -> list[int]:
-    """Return which of the steps to show: all, or of more than ``most`` the telling ones.
+    """Return the indices of the steps to show: all, or a selection if there are over ``most``.
 
-    Those are the first, the last, the failed, and the longest that matter.
+    The selection is the first, the last, the failed, and those that took longest.
     """
     order = range(len(steps))
     if len(steps) <= most:
@@ -365,7 +372,7 @@ def elide_steps(steps: Sequence[StepInfo], most: int) -> list[int]:
 
 
 def _of_the_user(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what the user gave; Node and version 0.1 have it among what the library writes."""
+    """Return the user's metadata; Node and version 0.1 keep it beside the library's own."""
     beside = {name: value for name, value in metadata.items() if name not in OURS}
     return {**beside, **as_mapping(metadata.get("custom"))}
 

@@ -1,11 +1,11 @@
--- The tables, and the three statements that create_tables() needs to make them.
+-- The tables, and the statements that create them safely.
 --
 -- queries.sql explains the format of both files. Only here: a block "-- ddl: x" keeps its lines,
 -- since ddl() shows them to users for a migration of their own, and each statement in it ends with
 -- a semicolon at the end of a line. This file is read first, so queries.sql can use its fragments.
 
 -- fragment: status
--- What the run has come to: 'running', 'completed' or 'failed'; NULL in a row that was edited.
+-- The stored status: 'running', 'completed' or 'failed'; NULL in a row that was edited by hand.
 (snapshot->'execution'->>'status')
 
 -- fragment: unfinished
@@ -43,8 +43,8 @@ CREATE TABLE IF NOT EXISTS {journal} (
 );
 
 -- ddl: leases
--- One row for each id that somebody works on. It is deleted when the lease is released, so the
--- table stays small. Shared with Node.
+-- One row for each id that a process is working on. It is deleted when the lease is released, so
+-- the table stays small. Shared with Node.
 CREATE TABLE IF NOT EXISTS {leases} (
   workflow_id TEXT COLLATE "C" PRIMARY KEY,
   owner_token TEXT NOT NULL,
@@ -52,8 +52,8 @@ CREATE TABLE IF NOT EXISTS {leases} (
 );
 
 -- name: tables_exist
--- Which tables there are, in the order of their names. The last column is true if this transaction
--- has changed nothing so far: otherwise it may itself have made them, and may yet be rolled back.
+-- Which of the tables exist, in the given order. The last column is true if this transaction has
+-- changed nothing so far: otherwise it may itself have created them, and may yet be rolled back.
 SELECT
     name,
     to_regclass(name) IS NOT NULL,
@@ -62,15 +62,15 @@ FROM unnest(%(tables)s::text[]) WITH ORDINALITY AS t (name, nr)
 ORDER BY nr
 
 -- name: citus
--- Whether this database has the extension: a row if it has.
+-- A row if this database has the extension.
 SELECT 1 FROM pg_extension WHERE extname = 'citus'
 
 -- name: citus_worker
--- Sent if it has. A row on any node but the coordinator, whose group is 0.
+-- Sent if it has. A row on every node except the coordinator, whose group is 0.
 SELECT 1 FROM pg_dist_local_group WHERE groupid <> 0
 
 -- name: schema_exists
--- Asked before CREATE SCHEMA IF NOT EXISTS, which needs a privilege even if the schema is there.
+-- Checked before CREATE SCHEMA IF NOT EXISTS, which needs a privilege even if the schema exists.
 SELECT 1 FROM pg_namespace WHERE nspname = {schema_name}
 
 -- name: serialize_ddl

@@ -1,6 +1,6 @@
-"""Every statement and all DDL of one store, from ``schema.sql`` and ``queries.sql``.
+"""Loads the statements and the DDL of one store from ``schema.sql`` and ``queries.sql``.
 
-Those say what each statement is for; ``queries.sql`` begins with the format and the rules.
+The comments there say what each statement is for; ``queries.sql`` begins with format and rules.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Block = tuple[str, str]  # its header, and the lines below without comments
 
 _BLOCK = re.compile(r"^-- (?=(?:ddl|fragment|name): )", re.M)
 _COMMENT = re.compile(r"^\s*(?:--.*)?\n", re.M)
-_MARK = " -- if "  # what every condition has, and can be found fast
+_MARK = " -- if "  # part of every condition, for a fast check before the regular expression
 _CONDITION = re.compile(r"^(.*\S) +-- if (no )?(\w+)$", re.M)
 _PADDING = re.compile(r"(?<=\() | (?=[),])")
 _WORD = re.compile(r"\{(\w+)\}")
@@ -30,7 +30,7 @@ _WORD = re.compile(r"\{(\w+)\}")
 class Statements:
     """The statements of one store, ready to send: ``statements.append`` is "-- name: append".
 
-    ``ddl`` has the statements that make each table, by its name, and the schema's as ``""``.
+    ``ddl`` has the statements that create each table, by its name; the schema's are under ``""``.
     """
 
     journal: bool
@@ -46,7 +46,7 @@ class Statements:
 
 
 def compose(table: str, lock_table: str, schema: str | None, *, journal: bool) -> Statements:
-    """Fill in these names, which are checked already; without ``journal`` none names its table."""
+    """Fill in these names, already checked; without ``journal`` no statement uses that table."""
 
     def qualified(name: str) -> sql.Identifier:
         return sql.Identifier(schema, name) if schema else sql.Identifier(name)
@@ -81,7 +81,7 @@ def filtered(statement: bytes, params: Mapping[str, Any]) -> bytes:
 def prefix_bounds(prefix: str) -> tuple[str, str | None]:
     """Return the half-open range of strings that start with ``prefix``, in code point order.
 
-    The upper bound is the prefix with its last character moved on by one, surrogates skipped.
+    The upper bound is the prefix with its last character incremented, skipping surrogates.
     """
     stem = prefix.rstrip("\U0010ffff")
     if not stem:
@@ -98,7 +98,7 @@ def _blocks() -> list[Block]:
 
 
 def parse(text: str) -> list[Block]:
-    """Take a file apart; what stands above the first block is prose."""
+    """Split a file into its blocks; whatever precedes the first one is prose."""
     parts = (part.partition("\n") for part in _BLOCK.split(text)[1:])
     return [(header, _COMMENT.sub("", body)) for header, _, body in parts]
 
@@ -108,8 +108,8 @@ def expand(
 ) -> dict[str, dict[str, str]]:
     """Return the text of each block, by kind and name: ``{"ddl": …, "fragment": …, "name": …}``.
 
-    ``words`` are put in like fragments. Conditions that ``known`` decides are; the others stay, one
-    to a line, for `filtered`.
+    ``words`` are substituted like fragments. Conditions that ``known`` decides are resolved; the
+    others stay, one per line, for `filtered`.
 
     Raises:
         ValueError: a block uses a fragment that is not above it.
@@ -123,14 +123,14 @@ def expand(
             text = _WORD.sub(lambda found: texts["fragment"][found[1]], _choose(body, known.get))
         except KeyError as unknown:
             raise ValueError(f"{kind} {name!r} uses {{{unknown.args[0]}}}, not above it") from None
-        # The lines of DDL are for people to read, and those with a condition go one by one.
+        # DDL keeps its lines for readers; a line with a condition can be dropped on its own.
         keeps_lines = kind == "ddl" or _MARK in text
         texts[kind][name] = text if keeps_lines else _on_one_line(text)
     return texts
 
 
 def _choose(text: str, holds: Callable[[str], bool | None]) -> str:
-    """Empty the lines that end with ``-- if x`` where x does not hold; None: not known yet."""
+    """Blank the lines that end with ``-- if x`` where x does not hold; None: not known yet."""
 
     def chosen(line: re.Match[str]) -> str:
         code, no, name = line.groups()

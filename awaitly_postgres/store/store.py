@@ -1,4 +1,4 @@
-"""The snapshot store: save, load, list and clean up, each in one round trip."""
+"""The snapshot store: saves, loads, lists and cleans up snapshots, and hands out leases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from attrs import define
 from .._checks import check_id, check_limit, check_status, moment
 from ..errors import AlreadyRunning, AwaitlyError, LeaseLost
 from ..snapshot import WorkflowSnapshot
-from . import lease, renewal
+from . import lease as leases
+from . import renewal
 from .database import Connection, Database, execute, fetch
 from .lease import DEFAULT_TTL, Lease
 from .rows import (
@@ -38,17 +39,17 @@ Rows = list[tuple[Any, ...]]
 
 @define(eq=False, repr=False)
 class SnapshotStore:
-    """Workflow snapshots in PostgreSQL. Made by `postgres`; opens nothing until it is used.
+    """Workflow snapshots in PostgreSQL. Created by `postgres`; it connects on first use.
 
-    Safe to share between threads, and across a fork. A context manager that closes itself.
+    Threads can share it, and it survives a fork. As a context manager it closes itself.
 
-    Where a method takes ``conn``, a psycopg connection of yours, its statement joins the
-    transaction that is open there and commits or rolls back with it.
+    Where a method takes ``conn``, your own psycopg connection, its statement joins the transaction
+    that is open on that connection, and commits or rolls back with it.
 
     All methods raise `StoreUnavailable` when the database cannot be reached (after retrying for
-    ``retry_for`` seconds if it could be before), `SchemaMissing` when the tables are not there and
-    cannot be made, and ValueError for an id that is not a non-empty string without NUL of at most
-    1,000 bytes.
+    ``retry_for`` seconds if it was reachable before), `SchemaMissing` when the tables do not exist
+    and cannot be created, and ValueError for an invalid id. Ids are non-empty strings without NUL,
+    at most 1,000 bytes long with the store's prefix.
     """
 
     _db: Database
@@ -65,21 +66,22 @@ class SnapshotStore:
         """Insert or replace the snapshot stored as ``id``.
 
         Args:
-            id: what to store it as.
+            id: the id to store it under.
             snapshot: a `WorkflowSnapshot`, or its JSON as a mapping.
             lease: write only while this lease on ``id`` is held.
             conn: join the transaction of this connection.
 
         Raises:
-            NotSerializable, SnapshotFormatError: and what is stored stays as it was.
-            LeaseLost: the lease is not held any more; nothing was written.
+            NotSerializable, SnapshotFormatError: the snapshot is invalid; nothing was written.
+            LeaseLost: the lease is no longer held; nothing was written.
+            ValueError: the lease is on another id.
         """
         params: dict[str, Any] = {"id": self.key(id), "snapshot": encode_snapshot(id, snapshot)}
         if lease is None:
             self._db.count(self._sql.save, params, conn)
             return
         if lease.params["id"] != params["id"]:
-            raise ValueError(f"the lease is on {lease.id!r}, not on {id!r}")
+            raise ValueError(f"the lease is on {lease.id!r}, not on {id!r}; acquire one on that id")
         params |= lease.params
         if not self._db.count(self._sql.save_under_lease, params, conn):
             raise LeaseLost(id)
@@ -87,30 +89,30 @@ class SnapshotStore:
     def load(self, id: str, *, conn: Connection | None = None) -> WorkflowSnapshot | None:
         """Return the snapshot stored as ``id``, or None.
 
-        Steps that a running workflow has only appended so far are in it.
+        It includes the steps that are still in the journal.
 
         Raises:
-            SnapshotFormatError: what is stored is not a snapshot; it names every fault.
+            SnapshotFormatError: the stored document is not a snapshot; ``errors`` lists the faults.
         """
         rows = self._db.rows(self._sql.load, {"id": self.key(id)}, conn)
         return decode_snapshot(id, rows[0][0], rows[0][1]) if rows else None
 
     def delete(self, id: str, *, conn: Connection | None = None) -> bool:
-        """Delete what is stored as ``id``; tell whether there was anything."""
+        """Delete the snapshot stored as ``id``; return whether there was one."""
         params = {"id": self.key(id)}
         return bool(
             self._db.run_once(lambda conn: fetch(conn, self._sql.delete, params), conn)[0][0]
         )
 
     def delete_many(self, ids: Iterable[str]) -> int:
-        """Delete what is stored under these ids; return how many there were."""
+        """Delete the snapshots stored under these ids; return how many there were."""
         if isinstance(ids, str):
-            raise TypeError("ids must be an iterable of ids, not one string")
+            raise TypeError("ids must be an iterable of ids, not one string; for one, use delete()")
         keys = [self.key(id) for id in ids]
         return self._delete_keys(keys)
 
     def _clear(self) -> int:
-        """Delete everything (under the store's prefix); return how much there was."""
+        """Delete everything (under the store's prefix); return how many snapshots there were."""
         deleted = 0
         while page := self.list(limit=_PAGE):
             deleted += self._delete_keys([self.prefix + info.id for info in page])
@@ -128,13 +130,13 @@ class SnapshotStore:
         limit: int = 100,
         after: SnapshotInfo | None = None,
     ) -> Infos:
-        """List what is stored, newest first, without reading the snapshots into this process.
+        """List the stored snapshots, newest first, without loading the documents.
 
         Args:
             prefix: only ids that start with exactly this.
             status: only ``"running"``, ``"completed"`` or ``"failed"`` ones.
-            limit: at most so many.
-            after: the last entry of the page before.
+            limit: at most this many.
+            after: the last entry of the previous page; None starts with the newest.
         """
         params = {
             **self._range(prefix),
@@ -146,7 +148,7 @@ class SnapshotStore:
         return self._infos(self._sql.list, params)
 
     def iter(self, prefix: str = "", *, status: str | None = None) -> Iterator[SnapshotInfo]:
-        """Walk through everything that `list` would return, page by page."""
+        """Iterate over everything that `list` would return, reading a page at a time."""
         last = None
         while page := self.list(prefix, status=status, limit=_PAGE, after=last):
             yield from page
@@ -160,29 +162,29 @@ class SnapshotStore:
         limit: int = 100,
         after: SnapshotInfo | None = None,
     ) -> Infos:
-        """List the unfinished runs that are due and that nobody holds, longest untouched first.
+        """List the unfinished runs that are due and not held, least recently updated first.
 
         Args:
             prefix: only ids that start with exactly this.
-            workflows: only runs of these; None for any.
-            limit: at most so many.
-            after: the last entry of the page before.
+            workflows: only runs of workflows with these names; None for any.
+            limit: at most this many.
+            after: the last entry of the previous page; None starts with the oldest.
         """
         params = {
             **self._range(prefix),
-            "behind_time": after and after.updated_at.isoformat(),
-            "behind_id": after and self.prefix + after.id,
+            "after_time": after and after.updated_at.isoformat(),
+            "after_id": after and self.prefix + after.id,
             "limit": check_limit(limit),
             "workflows": None if workflows is None else [*workflows],
         }
-        # If it saw the values, the planner would expect few rows and sort all that is pending.
+        # If it saw the values, the planner would expect few rows and sort all pending runs.
         return self._infos(self._sql.pending, params, custom_plan=False)
 
     def details(self, ids: Iterable[str], *, conn: Connection | None = None) -> RunInfos:
-        """Tell where these runs stand, in this order, without reading their values.
+        """Return the `RunInfo` of these runs, in this order, without payloads and steps.
 
-        What is not stored is left out. An id that is not valid is not found, and is no error: a
-        listing shows whatever the table holds.
+        Ids that are not stored are left out. An invalid id is not an error here, just not found:
+        listings show whatever the table holds.
         """
         keys = [self.prefix + id for id in ids]
         rows = self._listed(self._sql.runs, {"ids": keys, "limit": None}, conn)
@@ -198,16 +200,16 @@ class SnapshotStore:
         dry_run: bool = False,
         on_progress: Callable[[int], object] | None = None,
     ) -> int:
-        """Delete what has not changed for ``older_than``, in batches, each a short transaction.
+        """Delete snapshots that have not changed for ``older_than``, in short transactions.
 
-        It may be interrupted and called again. What is running is left alone. Journal rows of
-        deleted snapshots and leases that ran out that long ago are swept up as well.
+        It may be interrupted and called again. Runs in progress are skipped. Journal rows whose
+        snapshot is gone, and leases that expired that long ago, are deleted as well.
 
         Args:
-            older_than: by the server's clock.
-            status: only these; None for any.
+            older_than: minimum age, by the server's clock.
+            status: only snapshots with this status; None for any.
             batch_size: snapshots per transaction.
-            dry_run: delete nothing, only count.
+            dry_run: only count, delete nothing.
             on_progress: called after each batch with the number deleted (or counted) so far.
 
         Returns:
@@ -215,7 +217,7 @@ class SnapshotStore:
         """
         age = older_than.total_seconds()
         if age < 0:
-            raise ValueError(f"older_than must not be negative, is {older_than}")
+            raise ValueError(f"older_than must not be negative, but is {older_than}")
         batch_size = check_limit(batch_size, "batch_size")
         params = {**self._range(""), "status": check_status(status), "age": age}
         if dry_run:
@@ -236,7 +238,7 @@ class SnapshotStore:
         return done
 
     def stats(self) -> StoreStats:
-        """Count what is stored."""
+        """Count the stored snapshots, by status and by state, and the bytes they take."""
         params = {**self._range(""), "tables": list(self._sql.regclasses.values())}
         rows = self._listed(self._sql.stats, params)
         if rows[-1][1] == "citus":
@@ -245,9 +247,9 @@ class SnapshotStore:
         return StoreStats.from_rows(rows)
 
     def where_state(self, state: State) -> str:
-        """Return an SQL condition, for queries of your own on the table of snapshots.
+        """Return an SQL condition, for your own queries on the snapshots table.
 
-        It is true for the rows of runs in ``state``, whatever the store's prefix.
+        It is true for runs in ``state``, whatever the store's prefix.
         """
         which = "completed" if state == "completed" else "unfinished"
         params = {which: f"'{check_state(state)}'"}
@@ -258,38 +260,41 @@ class SnapshotStore:
         return bool(self._db.rows(b"SELECT 1", {}))
 
     def create_tables(self) -> None:
-        """Make the tables and indexes that are missing, in one transaction.
+        """Create the tables and indexes that are missing, in one transaction.
 
-        Not needed unless ``auto_create_table=False``. On tables that Node made it adds the index
-        that finds unfinished work; building it blocks writes to a large table for seconds.
+        Only needed with ``auto_create_table=False``, or for tables that Node created: it adds the
+        index that finds unfinished runs. Building that blocks writes to a large table for seconds.
+
+        Raises:
+            SchemaMissing: they are missing, and this role may not create them.
         """
         self._db.create_tables()
 
     def ddl(self) -> str:
-        """Return the SQL that `create_tables` would run, for a migration of your own."""
+        """Return the SQL that `create_tables` would run, for your own migrations."""
         return self._db.ddl()
 
     def try_acquire(self, id: str, *, ttl: float = DEFAULT_TTL) -> Lease | None:
-        """Take the lease on ``id`` for ``ttl`` seconds, or return None if another holds it.
+        """Acquire the lease on ``id`` for ``ttl`` seconds; return None if it is taken.
 
-        It is yours to `Lease.renew` and `Lease.release`; `lock` does both by itself.
+        Renew and release it yourself, with `Lease.renew` and `Lease.release`; `lock` does both.
         """
         try:
-            return lease.acquire(self._db, id, self.key(id), ttl)
+            return leases.acquire(self._db, id, self.key(id), ttl)
         except AlreadyRunning:
             return None
 
     @contextmanager
     def lock(self, id: str, *, ttl: float = DEFAULT_TTL, wait: float = 0.0) -> Iterator[Lease]:
-        """Hold the lease on ``id`` for as long as the block runs, renewing it in the background.
+        """Hold the lease on ``id`` while the block runs, renewing it in the background.
 
         Args:
-            id: what to lock; the same ids as those of durable runs.
-            ttl: seconds after which others may take over should this process die.
-            wait: seconds to wait for another holder.
+            id: the id to lock. Durable runs use the same leases.
+            ttl: seconds after which others can take over if this process dies.
+            wait: seconds to wait for another holder to release it.
 
         Raises:
-            AlreadyRunning: another holds it; says who, and until when.
+            AlreadyRunning: it is still taken; the error says by whom, and until when.
         """
         give_up_at, holder = time.monotonic() + wait, os.getpid()
         held: Lease | None = None
@@ -297,7 +302,7 @@ class SnapshotStore:
         try:
             while held is None:
                 try:
-                    held = lease.acquire(self._db, id, self.key(id), ttl)
+                    held = leases.acquire(self._db, id, self.key(id), ttl)
                 except AlreadyRunning:
                     pause = min(give_up_at - time.monotonic(), 0.1)
                     if pause <= 0:
@@ -310,31 +315,31 @@ class SnapshotStore:
             if os.getpid() == holder:  # a child forked inside the block leaves it as well
                 held.release()
         except BaseException:
-            # Raised by the block, or by a signal handler at any point above. It matters more than
-            # what the release may raise, which may be a second one.
+            # Raised by the block, or by a signal handler anywhere above. It matters more than
+            # whatever the release raises, which may be the second release.
             if held is not None:
                 renewal.stop_renewing(held)
                 if os.getpid() == holder:
                     with suppress(AwaitlyError):
-                        lease.release(
-                            self._db, held.params, lease.RELEASE_TIMEOUT if left else None
+                        leases.release(
+                            self._db, held.params, leases.RELEASE_TIMEOUT if left else None
                         )
             raise
 
     def revoke_lease(self, id: str, token: str) -> bool:
-        """Take the lease on ``id`` from whoever holds it with ``token``; tell whether it was there.
+        """Revoke the lease on ``id`` if it has this ``token``; return whether it had.
 
-        For a holder that is known to be dead. One that is alive after all writes nothing more.
+        For a holder that is known to be dead. If it is alive after all, it can write nothing more.
         """
         params = {"id": self.key(id), "token": token}
         return bool(self._db.run_once(lambda conn: execute(conn, self._sql.release, params)))
 
     def close(self) -> None:
-        """Close the pool, unless it is the caller's. The store cannot be used afterwards."""
+        """Close the pool, unless it is your own. The store cannot be used afterwards."""
         self._db.close()
 
     def key(self, id: str) -> str:
-        """Return the id as it is in the tables, prefix included, or raise ValueError."""
+        """Return ``id`` as stored in the tables, with the prefix; raise ValueError if invalid."""
         return self.prefix + check_id(id, room=len(self.prefix.encode()))
 
     def __enter__(self) -> SnapshotStore:
@@ -380,7 +385,7 @@ class SnapshotStore:
         *,
         custom_plan: bool = True,
     ) -> Rows:
-        # Which index is best depends on the prefix or the age at hand.
+        # A custom plan: which index is best depends on the values of the prefix and the age.
         return self._db.rows(filtered(statement, params), params, conn, custom_plan=custom_plan)
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:

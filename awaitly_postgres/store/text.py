@@ -1,10 +1,10 @@
-"""Text for people: durations, ages, and what a terminal can show."""
+"""Text for people: durations, ages, and escaped text for terminals."""
 
 from __future__ import annotations
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Escape what a terminal would obey instead of show: ids and messages are anybody's text."""
+    """Escape control characters: ids and messages can contain any text."""
     if text.isprintable():
         return text
     return "".join(
@@ -41,5 +41,5 @@ def age(seconds: float) -> str:
 
 
 def elide(text: str, most: int | None, sign: str = "…") -> str:
-    """Cut ``text`` to at most so many characters, ``sign`` included; None: not at all."""
+    """Cut ``text`` to at most ``most`` characters, ``sign`` included; None does not cut."""
     return text if most is None or len(text) <= most else text[: most - len(sign)] + sign

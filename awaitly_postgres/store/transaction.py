@@ -1,4 +1,4 @@
-"""A transaction of a step: begun with patience, run once, and let go of whatever interrupts it."""
+"""The database transaction of a step: the begin is retried, the body is not."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ OpenTransaction = Callable[[], AbstractContextManager[Connection]]
 
 @define(eq=False, repr=False)
 class Transaction:
-    """One transaction whose connection is not lost, wherever an interrupt strikes.
+    """One transaction whose connection is never leaked, wherever a signal handler raises.
 
-    No context manager holds the connection, for an exception out of a signal handler may strike
-    after one is entered and before its block is, or before it is left. Whoever begins one calls
-    `give_up` when anything has been raised since.
+    Not a context manager: a signal handler can raise between the return of ``__enter__`` and the
+    first line of the block, or before ``__exit__``. The caller of `begin` must call `give_up` if
+    anything is raised afterwards.
     """
 
     _db: Database
-    _opener: OpenTransaction | None  # gives one that commits when it closes; None: from the pool
+    _opener: OpenTransaction | None  # the user's `transaction=` option; None: use the pool
     _loan: Loan | None = None
     _conn: Connection | None = None
     _open: ExitStack = field(factory=ExitStack)
 
     def begin(self) -> Connection:
-        """Open it. Only that is tried again while the trouble is transient."""
+        """Begin the transaction. Only this is retried after transient errors."""
         backoff = Backoff(time.monotonic() + self._db.retry_for)
         while True:
             try:
@@ -45,7 +45,7 @@ class Transaction:
     def _begin(self) -> Connection:
         if self._opener is not None:
             conn = self._open.enter_context(self._opener())
-            self._db.joined(conn)  # or refused
+            self._db.joined(conn)  # raises for a connection to another database
             return conn
         self._loan = self._db.pool.loan()
         conn = self._loan.take(self._db.patience)
@@ -55,14 +55,14 @@ class Transaction:
         return conn
 
     def end(self, error: BaseException | None) -> None:
-        """Commit, or roll back if there was an error; its errors pass through as they are."""
+        """Commit, or roll back if there was an error; the driver's errors are not translated."""
         kind, traceback = (type(error), error.__traceback__) if error else (None, None)
         self._open.__exit__(kind, error, traceback)
         if self._loan is not None:
             self._loan.give_back()
 
     def give_up(self, error: BaseException) -> bool:
-        """Roll back what is still open and let go of the connection; return whether it was lost."""
+        """Roll back if it is still open, and return the connection; tell whether it was lost."""
         lost = self._conn is not None and self._conn.closed
         with suppress(Exception):
             self._open.__exit__(type(error), error, error.__traceback__)
@@ -70,7 +70,7 @@ class Transaction:
             self._loan.give_back()
         elif self._conn is not None and not is_clean(self._conn):
             with suppress(psycopg.Error):  # it is closed in any case
-                stop(self._conn)  # the opener's: it was kept from ending its transaction
-        # One that was struck on its way back to the pool gets there when nobody holds it any more.
+                stop(self._conn)  # the user's: the interrupt kept it from ending its transaction
+        # If giving the connection back was interrupted, it returns once nothing refers to it.
         self._conn, self._open = None, ExitStack()
         return lost

@@ -1,4 +1,4 @@
-"""What one start of a workflow may ask for, and what has ended it."""
+"""Which steps one start of a workflow may ask for, and what has ended it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Interrupted(BaseException):
 class Asking:
     """The part of `Run` that decides which step may be asked for now.
 
-    Steps may be called from several threads; ``_lock`` guards the history and the private fields.
+    Steps may be called from several threads. ``_lock`` guards the history and ``_ended_by``;
+    ``_in_step`` and ``_done`` are changed without it, one key per thread, in single operations.
     """
 
     workflow: str
@@ -40,7 +41,7 @@ class Asking:
     history: History = field(factory=History)
     _in_step: dict[int, str] = field(factory=dict)  # the key of the step each thread is in
     _done: set[str] = field(factory=set)  # keys that this start has certainly recorded
-    _unrecorded: str | None = None  # the own thread's step that has begun and is not recorded yet
+    _unrecorded: str | None = None  # the own thread's step that has begun but is not recorded yet
     _ended_by: BaseException | None = None
     _over: bool = False
     _own_thread: int = field(factory=threading.get_ident)
@@ -62,14 +63,14 @@ class Asking:
         return self._over or self._ended_by is not None
 
     def end(self) -> None:
-        """From now on, refuse the steps that other threads still run: see `refuse_if_over`."""
+        """From now on, refuse steps of threads that are still running: see `refuse_if_over`."""
         with self._lock:
             self._over = True
 
     # -- asking ----------------------------------------------------------------------------
 
     def _ask(self, key: str) -> Recorded | None:
-        """Return what is recorded of ``key``, or None when the step may run now.
+        """Return what is recorded under ``key``, or None if the step may run now.
 
         The workflow's own thread must ask for its recorded steps in their order, and for all of
         them before anything new. Other threads may ask in any order; recorded steps of theirs that
@@ -110,28 +111,28 @@ class Asking:
         if (outer := self._in_step.get(threading.get_ident())) is not None:
             raise self._interrupt(
                 WorkflowError(
-                    f"step {key!r} was called inside step {outer!r}. Call it "
-                    "from the workflow function: what is inside a step is recorded as a whole."
+                    f"step {key!r} of {self.id or self.workflow!r} was called inside step "
+                    f"{outer!r}, which is recorded as a whole. Call it from the workflow function."
                 )
             )
         if (twice := self.history.asked_twice(keys)) is not None:
             raise self._interrupt(DuplicateStepKey(self.id, twice))
 
     def _begin(self, key: str) -> None:
-        """Note that the own thread has begun something new, which must be recorded before more."""
+        """Note that the own thread has begun a step, which must be recorded before the next."""
         if self._unrecorded is not None:
             raise self._interrupt(
                 WorkflowError(
-                    f"step {self._unrecorded!r} was interrupted before it was recorded, so "
-                    f"step {key!r} cannot run after it. Resume the run."
+                    f"step {self._unrecorded!r} of {self.id or self.workflow!r} was interrupted "
+                    f"before it was recorded, so step {key!r} cannot run after it. Resume the run."
                 )
             )
         self._unrecorded = key
 
     def refuse_if_ended(self) -> None:
-        """Raise if an error has ended the run: nothing more is begun, in whatever thread."""
+        """Raise if an error has ended the run: no further step begins, in any thread."""
         if self._ended_by is None and self.is_own_thread():
-            # Called from a ``finally`` of the workflow, while Ctrl-C or the like is propagating.
+            # Called from a ``finally`` of the workflow while Ctrl-C or SystemExit is propagating?
             passing = sys.exc_info()[1]
             if passing is not self._handled_before and not isinstance(
                 passing, (Exception, Interrupted, type(None))

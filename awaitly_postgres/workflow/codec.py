@@ -40,7 +40,7 @@ class Codec(Protocol):
         """Return the value that ``json`` stands for.
 
         Args:
-            json: what `encode` returned, as the database gave it back.
+            json: what `encode` returned, as the database returns it.
             type: the annotation of the parameter, or of the function's result; ``Any`` if there is
                 none.
         """
@@ -64,7 +64,7 @@ def encode(codec: Codec | None, value: Any, subject: str) -> str:
 
 
 def decode(codec: Codec | None, value: Any, fn: Callable[..., T], id: str | None, where: str) -> T:
-    """Return stored JSON as what ``fn`` is annotated to return; without a codec, as it is."""
+    """Return stored JSON as the type that ``fn`` is annotated to return; as it is without codec."""
     if codec is None:
         return typing.cast(T, value)
     try:

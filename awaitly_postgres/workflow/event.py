@@ -32,9 +32,9 @@ class Event:
 
     Attributes:
         type: ``"run_..."`` when a run starts or ends, ``"step_..."`` for a step.
-            ``"run_stopped"`` means that the run stopped and no end was recorded: it was refused,
-            the lease or the database was lost, or Ctrl-C. ``"run_given_up"`` follows the
-            ``"run_failed"`` of a failure that is final; it comes alone for a run that was started
+            ``"run_stopped"`` means that the run stopped and no end was recorded: it was refused or
+            interrupted (Ctrl-C), or the lease or the database was lost. ``"run_given_up"`` follows
+            the ``"run_failed"`` of a final failure; it comes alone for a run that was started
             ``max_attempts`` times and died each time.
         workflow: the name of the workflow.
         workflow_id: the id of the durable run; None in memory.
@@ -67,9 +67,9 @@ def tell(
     milliseconds: float | None = None,
     error: BaseException | None = None,
 ) -> None:
-    """Log an event, and tell ``on_event``, which is logged and does no harm if it fails.
+    """Log an event and call ``on_event``; if that raises, the error is logged.
 
-    Nothing is made for a level that is not logged: this is called twice for each step.
+    No message is built if the level is disabled: this is called twice for each step.
     """
     level = logging.WARNING if type == "run_given_up" else logging.DEBUG
     if _log.isEnabledFor(level):
@@ -93,9 +93,9 @@ Timing = dict[str, Any]
 
 
 class Timer:
-    """Measures one step: the clock says when it began, the counter for how long.
+    """Measures one step: its start by the clock, and its duration by the performance counter.
 
-    ``about`` is what else the step's ``meta`` tells.
+    ``about`` has further fields for the step's ``meta``.
     """
 
     def __init__(self, about: Timing) -> None:
@@ -104,7 +104,7 @@ class Timer:
         self._counter = time.perf_counter()
 
     def stop(self) -> Timing:
-        """Return what the step's ``meta`` tells."""
+        """Return the fields for the step's ``meta``."""
         elapsed = time.perf_counter() - self._counter
         times = {"startedAt": self._started, "durationMs": round(elapsed * 1000, 3)}
         return {**times, **self._about}

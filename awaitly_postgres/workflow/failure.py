@@ -29,7 +29,7 @@ def to_json(error: BaseException, depth: int = 0) -> dict[str, Any]:
     """Return the fields of a failed step: ``error``, ``cause`` and ``meta``."""
     kind = type(error)
     exception: dict[str, Any] = {"type": f"{kind.__module__}:{kind.__qualname__}"}
-    # An OSError keeps the file names it was created with outside of its args.
+    # An OSError keeps its file names outside of its args.
     args = list(OSError.__reduce__(error)[1] if isinstance(error, OSError) else _args(error))
     exception["args"] = args if _fits(args) else [_message(error)]
     if members := _members(error):
@@ -57,7 +57,7 @@ def from_json(key: str, step: Mapping[str, Any]) -> Exception:
     return error
 
 
-def of_run(key: str, failure: Mapping[str, Any]) -> Exception:
+def run_from_json(key: str, failure: Mapping[str, Any]) -> Exception:
     """Rebuild the exception that a run failed with, from what `run_to_json` returned.
 
     ``key`` is the last step of the run, for the message of a `StepFailed`.
@@ -66,7 +66,7 @@ def of_run(key: str, failure: Mapping[str, Any]) -> Exception:
 
 
 def run_to_json(error: BaseException) -> dict[str, Any]:
-    """Return ``error`` for the metadata of a failed run: its cause as Node reads it, and more."""
+    """Return the error of a failed run for its metadata: the cause as Node reads it, and more."""
     told = to_json(error)
     return {**told["cause"], "exception": told["meta"]["exception"]}
 
@@ -123,7 +123,7 @@ def _fits(value: Any) -> bool:
 
 
 def _cause(error: BaseException, depth: int = 0) -> dict[str, Any]:
-    # Only the user's frames: ours, between the workflow and its step, help nobody.
+    # Only the user's frames: ours, between the workflow and its step, are noise.
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_ROOMS)
     ]

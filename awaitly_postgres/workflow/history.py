@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from attrs import define, field
 
+from .._checks import as_count
 from ..snapshot import Steps, WorkflowSnapshot, as_mapping
 
 Recorded = Mapping[str, Any]  # a step, decoded: nobody else has this value
@@ -19,8 +20,8 @@ Recorded = Mapping[str, Any]  # a step, decoded: nobody else has this value
 class History:
     """The recorded steps of one run, and how far this start has got through them.
 
-    A failed step is *settled* once the workflow's own thread has gone on to something later, or the
-    run has completed; until then it is *open*. Open failures are retried, so `of` leaves them out.
+    A failed step is *settled* once the workflow's own thread has moved on to something later, or
+    the run has completed; until then it is *open*. Open failures are retried: `of` drops them.
 
     Attributes:
         steps: the JSON text of every recorded step by key, of earlier starts and of this one.
@@ -41,11 +42,11 @@ class History:
     _in_order: list[str] = field(factory=list)  # recorded by the own thread, not yet asked for
     _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
     _parallel: set[str] = field(factory=set)  # ... by other threads, and a map's but for its first
-    _maps: dict[str, tuple[int, set[str]]] = field(factory=dict)  # recorded: of how many, which
+    _maps: dict[str, tuple[int, set[str]]] = field(factory=dict)  # by key: item count, recorded
     _recorded: dict[str, Recorded] = field(factory=dict)  # by earlier starts, not yet asked for
     _asked: set[str] = field(factory=set)
     _seq: int = 0  # the number of the last recorded step
-    _gone_on_after: int = 0  # the number of the last one when the own thread asked for new work
+    _gone_on_after: int = 0  # the last number when the own thread last asked for a new step
 
     @classmethod
     def of(cls, snapshot: WorkflowSnapshot) -> History:
@@ -54,11 +55,11 @@ class History:
         recorded = steps.to_json()
         metadata = snapshot.metadata or {}
         metas = {key: step.get("meta") or {} for key, step in recorded.items()}
-        seqs = {key: _positive(meta.get("seq")) for key, meta in metas.items()}
+        seqs = {key: as_count(meta.get("seq")) for key, meta in metas.items()}
         history = cls()
-        history.key_generation = _positive(metadata.get("keyGeneration"))
+        history.key_generation = as_count(metadata.get("keyGeneration"))
         if "settled" in metadata:
-            history._settled = _positive(metadata["settled"])
+            history._settled = as_count(metadata["settled"])
         settled = max(history._settled, _own_thread_went_on_after(metas, seqs))
         # Node does not number its steps, but it stores the key of the last one.
         last_of_node = str(metadata.get("lastStepKey"))
@@ -69,7 +70,7 @@ class History:
             if step["ok"]
             or completed
             or seqs[key] <= settled
-            or metas[key].get("timedOut")  # decided: who sent a signal since was refused
+            or metas[key].get("timedOut")  # final: signals sent since were refused
             or (not seqs[key] and last_of_node != key and last_of_node in recorded)
         ]
         history.has_left_out = len(replayed) < len(recorded)
@@ -105,7 +106,7 @@ class History:
         for key in replayed:
             if not isinstance(name := metas[key].get("map"), str):
                 continue
-            count, keys = self._maps.get(name) or (_positive(metas[key].get("of")), set())
+            count, keys = self._maps.get(name) or (as_count(metas[key].get("of")), set())
             self._maps[name] = count, keys
             keys.add(key)
             if key not in self._parallel and seqs[key]:
@@ -143,13 +144,13 @@ class History:
         if self._in_order and self._in_order[-1] in set(keys):
             return True
         if all(key in self._parallel or key in self._unnumbered for key in keys):
-            return True  # recorded by threads of the user's, or there is nothing to ask for
+            return True  # recorded by the user's own threads, or the map is empty
         return not self._in_order and self._unnumbered.issubset(keys)
 
     def change_of_map(
         self, key: str, keys: Sequence[str]
     ) -> tuple[list[str], tuple[int, int]] | None:
-        """Return how a map differs from what is recorded: the keys it lacks, and both counts."""
+        """Return how a map differs from its record: the missing keys, and both item counts."""
         count, recorded = self._maps.get(key) or (len(keys), set())
         if lacking := sorted(recorded.difference(keys)):
             return lacking, (count, len(keys))
@@ -193,15 +194,15 @@ class History:
 
     # -- recording -------------------------------------------------------------------------
 
-    def numbered(self, timing: dict[str, Any], own: bool) -> dict[str, Any]:
+    def next_meta(self, timing: dict[str, Any], own: bool) -> dict[str, Any]:
         """Return ``timing`` with the number of the next step, for its ``meta``."""
         before = self._seq
         self._seq += 1
         meta = {**timing, "seq": self._seq}
         if not own:
             return {**meta, "parallel": True}
-        # "after" is needed where other threads recorded steps while this one ran: their failures
-        # are not settled by it, although their numbers are lower.
+        # "after" is needed if other threads recorded steps while this one ran: it does not settle
+        # their failures, although their numbers are lower.
         return meta if self._gone_on_after == before else {**meta, "after": self._gone_on_after}
 
     def add(self, key: str, step: str) -> str:
@@ -217,13 +218,13 @@ class History:
         """Remove a step that was entered but not stored."""
         self.steps.pop(key, None)
 
-    def end_of_sleep(self, key: str, otherwise: str) -> str:
-        """Return when a sleep ends, which was decided when it was first reached."""
+    def begin_sleep(self, key: str, otherwise: str) -> str:
+        """Return when a sleep ends, fixed when it was first reached."""
         self.deadlines.pop(key, None)  # the code had a wait there before
         return self.sleeps.setdefault(key, otherwise)
 
-    def deadline(self, key: str, otherwise: str) -> str:
-        """Return when a wait times out, which was decided when it was first reached."""
+    def begin_wait(self, key: str, otherwise: str) -> str:
+        """Return when a wait times out, fixed when it was first reached."""
         self.sleeps.pop(key, None)  # as above, the other way round
         return self.deadlines.setdefault(key, otherwise)
 
@@ -233,7 +234,7 @@ class History:
         if due is None:
             self.deadlines.pop(key, None)  # the code had a timeout there before
         if own:
-            self._settled = self._gone_on_after  # to wait is to go on: earlier failures are settled
+            self._settled = self._gone_on_after  # waiting counts as moving on: it settles failures
 
     def unfinished_metadata(self, suspended: bool) -> dict[str, Any]:
         """Return the waits, sleeps and settled failures of an unfinished run, for its metadata."""
@@ -250,10 +251,6 @@ class History:
         return found
 
 
-def _positive(value: object) -> int:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
 def _own_thread_went_on_after(
     metas: Mapping[str, Mapping[str, Any]], seqs: Mapping[str, int]
 ) -> int:
@@ -264,6 +261,6 @@ def _own_thread_went_on_after(
     """
     own = [key for key, seq in seqs.items() if seq and not metas[key].get("parallel")]
     return max(
-        (min(_positive(metas[key].get("after", seqs[key])), seqs[key] - 1) for key in own),
+        (min(as_count(metas[key].get("after", seqs[key])), seqs[key] - 1) for key in own),
         default=-1,
     )

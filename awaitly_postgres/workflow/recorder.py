@@ -24,14 +24,14 @@ class Recorder(Protocol):
     def record_timeout(self, key: str, enter: Callable[[], str]) -> bool:
         """Record that ``step.wait(key)`` has timed out, unless a signal for it has come by now.
 
-        The two are decided in one: once this has returned True, no signal for ``key`` is taken.
+        This is one atomic decision: once it has returned True, no signal for ``key`` is accepted.
         """
 
     def transaction(self, key: str) -> StepTransaction:
         """Return a transaction in which one step runs and is recorded."""
 
     def signal(self, key: str) -> str | None:
-        """Return the JSON text that was sent for ``step.wait(key)``; None if nothing was."""
+        """Return the JSON text that was sent for ``step.wait(key)``, or None."""
 
     def now(self) -> datetime:
         """Return the time by the clock that decides when sleeps end."""

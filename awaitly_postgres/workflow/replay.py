@@ -21,7 +21,7 @@ class FirstNewStep(AwaitlyError):
 
 @define(eq=False, repr=False)
 class Replay(Run):
-    """A start that runs no step and records nothing: it ends where the first new step would run.
+    """A start that runs no step and records nothing: it ends at the first new step.
 
     ``undecodable`` is the key of the step whose value the codec could not decode.
     """
@@ -33,7 +33,7 @@ class Replay(Run):
         return self.step(key, fn, lambda: call(None))
 
     def emit(self, *event: Any, **details: Any) -> None:
-        """Report nothing: nothing happens in a run that is only looked at."""
+        """Report nothing: a dry run has no events."""
 
     def _ask(self, key: str) -> Recorded:
         recorded = super()._ask(key)
@@ -42,7 +42,7 @@ class Replay(Run):
         return recorded
 
     def ask_map(self, key: str, keys: Sequence[str]) -> list[Recorded | None]:
-        """Return what is recorded, if that is all; no item runs."""
+        """Return the recorded items if all are recorded; no item runs."""
         recorded = super().ask_map(key, keys)
         if None in recorded:
             raise self._interrupt(FirstNewStep(key))

@@ -39,7 +39,7 @@ class Run(Asking):
     def run(self, fn: Callable[[], T]) -> T:
         """Call ``fn``, the workflow; raise `WorkflowDrift` if it leaves recorded steps out.
 
-        ``fn`` may swallow or replace the error that ended the run; it is raised here all the same.
+        If ``fn`` swallows or replaces the error that ended the run, it is raised here anyway.
         """
         self._own_thread = threading.get_ident()
         self._handled_before = sys.exc_info()[1]
@@ -51,7 +51,7 @@ class Run(Asking):
         except (Exception, Interrupted) as error:
             if self._ended_by is None:
                 raise
-            # One that was never raised itself gets the place in the user's code.
+            # An error that was never raised itself gets the traceback into the user's code.
             if isinstance(error, Interrupted) and error.error.__traceback__ is None:
                 error.error.__traceback__ = error.__traceback__
         if self._ended_by is not None:
@@ -92,7 +92,10 @@ class Run(Asking):
         """Replay ``key``, or run ``call`` and record it in one transaction."""
         recorder = self.recorder
         if recorder is None:
-            raise WorkflowError("step.transaction needs a database; use Durable.run(id, ...)")
+            raise WorkflowError(
+                f"step.transaction({key!r}) needs a database, but this workflow runs in memory; "
+                "run it with Durable.run(id, ...)"
+            )
         recorded = self._ask(key)
         if recorded is not None:
             return self.replay(key, fn, recorded)
@@ -112,10 +115,10 @@ class Run(Asking):
                     own = self.is_own_thread()
                     transaction.record(lambda: self._enter(key, text, timer.stop(), own))
             except BaseException as error:
-                # Let go of first: struck on its way back to the pool, it gets there when no frame
-                # of the traceback holds it any more, and it may be the pool's only one.
+                # Drop the reference first: if returning the connection to the pool was interrupted,
+                # it returns once no frame refers to it, and it may be the pool's only one.
                 conn = None
-                # Whatever struck, and wherever: first find out whether the step was committed.
+                # Whatever was raised, and wherever: first find out whether the step was committed.
                 failure = transaction.settle(error)
                 if failure is not None:
                     self._fail_transaction(key, failure, failure is of_the_body, timer)
@@ -138,7 +141,7 @@ class Run(Asking):
             timer = self._start(key)
             now = self._now()
             with self._lock:
-                due = self.history.end_of_sleep(key, timestamp(until(now)))
+                due = self.history.begin_sleep(key, timestamp(until(now)))
             if due > timestamp(now):
                 self._suspend(key, due)
             self._record_value(key, "null", timer.stop(), self.is_own_thread())
@@ -164,7 +167,7 @@ class Run(Asking):
         milliseconds: float | None = None,
         error: BaseException | None = None,
     ) -> None:
-        """Log it, and tell ``on_event``."""
+        """Log an event, and pass it to ``on_event``."""
         tell(self.on_event, type, self.workflow, self.id, key, milliseconds, error)
 
     # -- working ---------------------------------------------------------------------------
@@ -183,7 +186,7 @@ class Run(Asking):
             yield
         except BaseException as error:
             unrecorded = key not in self._done or not isinstance(error, Exception)
-            # GeneratorExit: an exception struck just outside this block and has been handled.
+            # GeneratorExit: an exception was raised just outside this block and has been handled.
             if unrecorded and not isinstance(error, (Interrupted, GeneratorExit)):
                 self.stop(error)
             raise
@@ -208,12 +211,12 @@ class Run(Asking):
     def _expire(self, key: str, timeout: timedelta, timer: Timer) -> str:
         """Suspend the run until the deadline of ``key``; after it, raise `WaitTimedOut`.
 
-        Whether the signal or the timeout was first is decided where both are stored, when the
-        timeout is recorded. Returns the signal if it was.
+        Whether the signal or the timeout came first is decided in the database, when the timeout is
+        recorded. Returns the signal if it came first.
         """
         now = self._now()
         with self._lock:
-            due = self.history.deadline(key, timestamp(now + timeout))
+            due = self.history.begin_wait(key, timestamp(now + timeout))
         if due > timestamp(now):
             self._suspend(key, due)
         error, timing = WaitTimedOut(self.id, key), {**timer.stop(), "timedOut": True}
@@ -263,19 +266,19 @@ class Run(Asking):
         if self._unrecorded == key:
             self._unrecorded = None
 
-    # Another thread may enter a step, the one that records it, so ``own`` is passed in.
+    # The thread that records a step may be another one than asked for it, so ``own`` is passed in.
 
     def _enter(self, key: str, value: str, timing: Timing, own: bool) -> str:
         with self._lock:
             self.refuse_if_over(key)  # again: the run may have ended while the step ran
-            meta = _json.encode_own(self.history.numbered(timing, own))
+            meta = _json.encode_own(self.history.next_meta(timing, own))
             return self.history.add(key, f'{{"ok":true,"value":{value},"meta":{meta}}}')
 
     def _enter_failure(self, key: str, failure: Timing, timing: Timing, own: bool) -> str:
         step = {"ok": False, **failure}
         with self._lock:
             self.refuse_if_over(key)  # as above
-            step["meta"] = {**step["meta"], **self.history.numbered(timing, own)}
+            step["meta"] = {**step["meta"], **self.history.next_meta(timing, own)}
             return self.history.add(key, _json.dumps(step))
 
     def _fail_transaction(

@@ -13,7 +13,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from .._checks import check_id, check_limit, check_moment, check_seconds
 from ..errors import WorkflowError
-from .mapping import Map
+from .map import Map
 from .run import Run
 
 A = TypeVar("A")
@@ -70,18 +70,18 @@ class Step:
         """Run ``fn(item)`` for each item as a step of its own, in threads.
 
         The steps are ``key[0]``, ``key[1]`` and so on, or ``key[<name(item)>]``. All of them are
-        run, even if some fail. A resumed run repeats only what is not recorded; failed items are
-        tried again. Steps that end while a commit is under way are committed together by the next,
-        so many items cost fewer commits than steps.
+        run, even if some fail. A resumed run repeats only what is not recorded, and failed items.
+        Steps that end during a commit are committed together by the next one, so there are fewer
+        commits than items.
 
         Each thread sees a copy of the caller's context variables. Ctrl-C, or whatever else ends the
-        run, stops the map: no further item is begun, and those begun are waited for.
+        run, stops the map: no further item begins, and the map waits for those that have begun.
 
         Args:
             key: the name of the map, unique within the run.
             fn: called with one item. It may be called in several threads at once.
             items: the items; the same ones whenever the run is resumed. They are not recorded.
-            workers: how many threads work at once, at most.
+            workers: the number of threads, at most.
             name: returns a unique name for an item, used in the key of its step; None numbers them
                 from 0. With names, the order of the items may change.
 
@@ -90,9 +90,9 @@ class Step:
 
         Raises:
             the failure of the first item that failed, in the order of the items.
-            DuplicateStepKey: two items have the same name. No item has been begun.
+            DuplicateStepKey: two items have the same name. No item has begun.
             WorkflowDrift: a recorded item is missing, or there are more or fewer items than when
-                the map was recorded. No item has been begun.
+                the map was recorded. No item has begun.
             ValueError: a key is too long or has a NUL; ``workers`` is not positive.
         """
         check_limit(workers, "workers")
@@ -146,7 +146,7 @@ class Step:
         Args:
             key: the name of the step, unique within the run.
             duration: seconds, or a timedelta; less than 1,000,000,000 seconds.
-            until: an aware datetime, instead of a duration. What it was when this step was first
+            until: an aware datetime, instead of a duration. Only its value when this step is first
                 reached counts.
 
         Raises:
@@ -154,7 +154,7 @@ class Step:
             ValueError: the duration is negative or too long; the datetime has no time zone.
         """
         if (duration is None) == (until is None):
-            raise TypeError("sleep() takes either a duration or until=")
+            raise TypeError(f"step.sleep({key!r}) takes either a duration or until=, not both")
         if until is not None:
             end = check_moment(until, "until")
             self._run.sleep(key, lambda now: end)
@@ -173,8 +173,8 @@ class Step:
                 clock; None waits for ever.
 
         Raises:
-            WaitTimedOut: no signal came in time, and none is taken any more. Recorded, so that a
-                replay raises it too. If the workflow does not catch it, the run is given up.
+            WaitTimedOut: no signal came in time; later ones are refused. This is recorded, so that
+                a replay raises it, too. If the workflow does not catch it, the run is given up.
             ValueError: the timeout is negative or too long.
         """
         if timeout is None:
@@ -196,7 +196,10 @@ class Step:
             WorkflowError: the workflow runs in memory, where it has no id.
         """
         if self.workflow_id is None:
-            raise WorkflowError("an in-memory workflow has no id; use Durable.run(id, ...)")
+            raise WorkflowError(
+                f"there is no idempotency key for {key!r}: this workflow runs in memory and has no "
+                "id. Run it with Durable.run(id, ...)"
+            )
         generation = self._run.history.key_generation
         suffix = f"#{generation}" if generation else ""
         return f"{self.workflow_id}/{check_id(key, 'step key')}{suffix}"

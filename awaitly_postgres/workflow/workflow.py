@@ -98,7 +98,7 @@ class Workflow(Generic[P, T]):
 
     @property
     def status(self) -> Status:
-        """How the last run ended; ``"running"`` before that, or if it was suspended or stopped."""
+        """How the last run ended; ``"running"`` before it, and if it was suspended or stopped."""
         return "running" if self._snapshot is None else self._snapshot.execution.status
 
     def snapshot(
@@ -114,7 +114,8 @@ class Workflow(Generic[P, T]):
             metadata: added to the snapshot's own metadata; JSON values.
 
         Raises:
-            NotSerializable: the metadata are not JSON.
+            NotSerializable: the metadata is not JSON.
+            ValueError: ``include`` is something else.
         """
         if include not in ("all", "completed", "failed"):
             raise ValueError(f"include must be 'all', 'completed' or 'failed', not {include!r}")

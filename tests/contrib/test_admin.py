@@ -231,7 +231,7 @@ def test_an_id_that_is_none_here_has_a_page_all_the_same(shop: SimpleNamespace, 
     shop.db.execute("INSERT INTO awaitly_snapshots VALUES (%s, 'null')", ("x" * 1200,))
     page = admin.get(f"/admin/awaitly/workflow/{'x' * 1200}/change/")
     assert page.status_code == 200
-    assert "at most 1,000 fit" in page.content.decode()
+    assert "1,000 is the limit" in page.content.decode()
     assert admin.get("/admin/awaitly/workflow/a_00b/change/").status_code == 404
 
 
@@ -380,7 +380,7 @@ def test_what_cannot_be_done_is_said_and_not_logged(shop: SimpleNamespace, admin
     durable.cancel("run-cancel")
     with durable.store.lock("run-retry"):
         for name, form, message in (
-            ("cancel", {}, "nothing to do"),
+            ("cancel", {}, "nothing was done"),
             ("retry", {}, "is running elsewhere"),
             ("rewind", {"key": "<i>three</i>"}, "no recorded step"),
             ("rewind", {"key": ""}, "step key"),

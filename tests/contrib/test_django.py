@@ -173,7 +173,7 @@ def test_the_command_shows_progress_on_a_terminal(shop: SimpleNamespace) -> None
             os.close(ours)
     assert process.returncode == 0
     plain = re.sub(r"\x1b\[[\d;]*m", "", screen.decode())
-    assert plain == f"completed  checkout-{id}\r\n1 taken up, 0 failed\r\n"
+    assert plain == f"completed  checkout-{id}\r\n1 resumed, 0 failed\r\n"
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_the_command_runs_several_at_once(shop: SimpleNamespace) -> None:
         order(shop)
     done = manage(shop.url, "resume_workflows", "--workers", "3", "-v", "2")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("4 taken up, 0 failed\n")
+    assert done.stdout.endswith("4 resumed, 0 failed\n")
     assert stock(shop) == 6
 
 

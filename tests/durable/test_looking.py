@@ -315,7 +315,7 @@ def test_metadata_are_found_by_the_index_of_the_readme(durable: Durable, db: DB)
         "'lastUpdated', ''), 'metadata', jsonb_build_object('workflow', 'w', 'custom', "
         "jsonb_build_object('tenant', 'tenant-' || n % 1000))) FROM generate_series(1, 20000) n"
     )
-    page = (ROOT / "README.md").read_text("utf-8")
+    page = (ROOT / "examples/README.md").read_text("utf-8")
     (ddl,) = re.findall(r"^CREATE INDEX ON awaitly_snapshots USING gin .*;$", page, re.M)
     db.execute(ddl)
     db.execute("ANALYZE awaitly_snapshots")

@@ -40,7 +40,7 @@ def fails_to_migrate(snapshot: WorkflowSnapshot, version: int) -> WorkflowSnapsh
 
 DEPLOYS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "drift": ({}, WorkflowDrift, "asked for step 'request'"),
-    "version": ({"version": 2}, VersionMismatch, "state of version 1"),
+    "version": ({"version": 2}, VersionMismatch, "recorded by version 1"),
     "migration": (
         {"version": 2, "on_version_mismatch": fails_to_migrate},
         LookupError,

@@ -264,7 +264,7 @@ with ConnectionPool(url, min_size=1, max_size=1, open=True) as pool:
             try:
                 use()
             except StoreError as error:
-                assert "make a pool and a store in the child" in str(error)
+                assert "create a pool and a store in the child" in str(error)
             else:
                 raise AssertionError("the parent's socket was used")
         with ConnectionPool(url, min_size=1, open=True) as fresh:

@@ -382,7 +382,7 @@ def test_a_transaction_that_does_not_end_is_not_waited_for_for_ever(
     db = make_store(retry_for=0.2)._db
     with psycopg.connect(url) as orphan:
         (xid,) = orphan.execute("SELECT txid_current()::text").fetchone()
-        with pytest.raises(StoreUnavailable, match="has not decided"):
+        with pytest.raises(StoreUnavailable, match="outcome is still unknown"):
             db.pool.lend(lambda conn: db._has_committed(conn, xid), 60)
 
 

@@ -22,7 +22,7 @@ from awaitly_postgres import (
     WorkflowDrift,
     WorkflowError,
 )
-from awaitly_postgres.workflow.mapping import Threads
+from awaitly_postgres.workflow.map import Threads
 from tests.support import TimeLimit, eventually
 
 

@@ -152,14 +152,14 @@ class _DjangoPool(OwnPool):
                 )
 
     def leave_thread(self) -> None:
-        """Close what Django has opened for the thread: it keeps connections for each."""
+        """Close the connections that Django has opened for this thread."""
         connections.close_all()
 
     def joined(self, conn: Connection | None) -> Connection | None:
         """Return ``conn``, or Django's connection inside ``transaction.atomic()``.
 
         Raises:
-            ValueError: ``conn`` is Django's, of another database: nothing would be found there.
+            ValueError: ``conn`` is Django's connection to another database.
         """
         if conn is None:
             return open_transaction(self.using)
@@ -180,7 +180,7 @@ class _DjangoPool(OwnPool):
             return self._pool
         made_for = (*_place(self.using), _in_tests())
         if made_for != self._made_for and self._finalizer is not None:
-            # Something used the store before the tests began, on the database outside of the tests.
+            # The store was used before the tests began, on the real database.
             self._finalizer()
             self._pool = None
         self._made_for = made_for
@@ -188,18 +188,18 @@ class _DjangoPool(OwnPool):
 
     def _make(self, kind: type[ConnectionPool[Any]] = ConnectionPool) -> ConnectionPool[Any]:
         # A database with an idle connection cannot be dropped at the end of the tests, and Django
-        # tells nobody when that is. So in tests each connection is closed as it is given back.
+        # has no hook for that moment. So in tests, connections close when they are given back.
         return super()._make(NullConnectionPool if _in_tests() else kind)
 
 
 def _place(using: str) -> tuple[Any, ...]:
-    """Return what distinguishes one database in Django's settings from another."""
+    """Return the settings that identify a database."""
     settings = connections.settings[using]
     return tuple(settings.get(name) for name in ("HOST", "PORT", "NAME"))
 
 
 def _in_tests() -> bool:
-    """Tell whether Django's test environment is set up, which has this attribute."""
+    """Return whether Django's test environment is set up, which adds this attribute."""
     return hasattr(mail, "outbox")
 
 

@@ -1,4 +1,4 @@
-"""Admin pages: the list of workflows, and the page of one, with what can be done about it."""
+"""Admin pages: the list of workflows, and a page for each, with its actions."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def _acts_on(run: RunInfo) -> set[str]:
 
 @admin.register(Workflow)
 class WorkflowAdmin(admin.ModelAdmin):
-    """Shows workflows; what can be done about them needs a permission each."""
+    """Shows workflows; each action on them needs its own permission."""
 
     list_display = ("id", "workflow", "steps", "written", "state")
     list_filter = (_StateFilter,)
@@ -268,7 +268,7 @@ class WorkflowAdmin(admin.ModelAdmin):
         return Durable(shared_store(router.db_for_write(Workflow)))
 
     def _do(self, request: Any, act: str, id: str) -> None:
-        """Do it if the user may, log it as Django logs changes, and tell the user."""
+        """Do it if the user may, log it as Django logs changes, and show a message."""
         if not self.may(request, act):
             raise PermissionDenied
         try:
@@ -277,7 +277,7 @@ class WorkflowAdmin(admin.ModelAdmin):
             self.message_user(request, f"{id}: {error}", messages.ERROR)
             return
         if done is None:
-            text = f"{id}: nothing to do, it has changed meanwhile or has ended."
+            text = f"{id}: nothing was done, because it has ended or changed meanwhile. Reload it."
             self.message_user(request, text, messages.WARNING)
             return
         self.log_change(request, Workflow(id=id), done)

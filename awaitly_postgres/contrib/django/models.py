@@ -1,9 +1,9 @@
 """Models of the store's tables, for the admin and for ``flush``.
 
-They are managed, so that a `TransactionTestCase` empties the tables, but the migrations make the
-tables by the store's own SQL. Only the store writes them. Rows of the journal have no model, which
-would need a primary key of two columns: without their snapshot they are never read, and the next
-run with their id sweeps them up.
+They are managed, so that a `TransactionTestCase` empties the tables, but the migrations create the
+tables with the store's own SQL. Only the store writes to them. The journal has no model, which
+would need a primary key of two columns: without their snapshot its rows are never read, and the
+next run with the same id deletes them.
 """
 
 from __future__ import annotations

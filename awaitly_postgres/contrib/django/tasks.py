@@ -5,7 +5,7 @@ In the settings (Django 6, or the package django-tasks before):
     TASKS = {"default": {"BACKEND": "awaitly_postgres.contrib.django.tasks.Backend"}}
 
 ``enqueue`` submits a run: inside ``atomic()`` it commits or rolls back with the block. A task whose
-worker dies is taken up again, and with durable steps it goes on where it was:
+worker dies is run again, and with durable steps it continues where it was:
 
     from awaitly_postgres.contrib.django.tasks import step
 
@@ -59,7 +59,7 @@ except ImportError:  # before Django 6: the backport
 __all__ = ["Backend", "step", "task_backends"]
 
 # What a task's run keeps besides its steps, as signals that no step waits for: each start and each
-# error, numbered. They stay however often the run is taken up, and no step of the task sees them.
+# error, numbered. They survive every start of the run, and no step of the task sees them.
 _STARTED = "task.started."
 _ERROR = "task.error."
 
@@ -83,8 +83,8 @@ def step() -> Step:
         return _step.get()
     except LookupError:
         raise RuntimeError(
-            "step() works inside a task that resume_workflows runs for the backend "
-            "awaitly_postgres.contrib.django.tasks.Backend"
+            "no task is running here: step() works only inside a task that resume_workflows runs "
+            "for the backend awaitly_postgres.contrib.django.tasks.Backend"
         ) from None
 
 
@@ -92,8 +92,8 @@ class Backend(BaseTaskBackend):
     """Keeps tasks as durable runs. Each is a run ``task:<queue>:<random>``.
 
     ``OPTIONS`` may have ``database``, the alias in ``DATABASES``, and the options of `Durable`. A
-    task that raises has failed, unless they say how often it is tried: ``max_attempts`` or
-    ``backoff``. A task whose process died is taken up again in any case.
+    task that raises has failed, unless ``max_attempts`` or ``backoff`` allow retries. A task whose
+    process died is run again in any case.
 
     Priorities are refused. All queues are worked through by ``resume_workflows``, and one of them
     with ``--prefix task:<queue>:``.
@@ -163,7 +163,7 @@ class Backend(BaseTaskBackend):
         return result
 
     def get_result(self, result_id: str) -> Any:
-        """Return what has become of a task.
+        """Return the result of a task so far.
 
         Raises:
             TaskResultDoesNotExist: this backend has no task with this id.
@@ -265,7 +265,10 @@ class Backend(BaseTaskBackend):
     def _task(self, info: RunInfo, path: str) -> Any:
         task = import_string(path)
         if not isinstance(task, Task):  # the row names something else: it is never called
-            raise SuspiciousOperation(f"{path!r} of {info.id!r} is not a task")
+            raise SuspiciousOperation(
+                f"{info.id!r} names {path!r}, which is not a task and was not called; "
+                "delete the run, or correct its row"
+            )
         return task.using(
             queue_name=info.metadata.get("queue"),
             run_after=_read(info.metadata.get("run_after")),
@@ -274,14 +277,14 @@ class Backend(BaseTaskBackend):
 
 
 class _Left(Exception):
-    """A task, or one of its steps, was left as only a whole process is: by ``sys.exit()``."""
+    """A task, or one of its steps, called ``sys.exit()``, which must not end the worker."""
 
 
 class _StepOfTask(Step):
-    """A `Step` in which ``sys.exit()`` is a failure of the step, as it is one of a task.
+    """A `Step` in which ``sys.exit()`` is a failure of the step, as it is in a task.
 
-    `Step` itself has it end the process. That would leave the task unfinished, and every worker
-    that takes it up would end as well.
+    In a plain `Step` it ends the process. That would leave the task unfinished, and end every
+    worker that runs it again.
     """
 
     def __init__(self, step: Step) -> None:
@@ -298,7 +301,7 @@ class _StepOfTask(Step):
 
 
 def _contained(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Return ``fn`` with what must not end the worker made an ordinary exception."""
+    """Wrap ``fn`` so that exceptions that would end the worker become ordinary ones."""
 
     @wraps(fn)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -308,13 +311,13 @@ def _contained(fn: Callable[..., Any]) -> Callable[..., Any]:
         except (SystemExit, CancelledError) as error:
             if os.getpid() != pid:  # a forked child may exit
                 raise
-            raise _Left(f"the task was left by {error!r}") from error
+            raise _Left(f"the task raised {error!r}, which would have ended the worker") from error
 
     return call
 
 
 def _end_forked_child() -> None:
-    """End a child that the task has forked and let go on: it must not become a second worker."""
+    """End a child that the task forked and did not end: it must not become a second worker."""
     error = sys.exc_info()[1]
     if not isinstance(error, SystemExit):
         traceback.print_exc()
@@ -326,7 +329,7 @@ def _now() -> str:
 
 
 def _read(text: object) -> datetime | None:
-    """Read a stored time, as Django has times: aware, or local with ``USE_TZ = False``."""
+    """Parse a stored time into Django's form: aware, or local with ``USE_TZ = False``."""
     time = read_time(text)
     return make_naive(time) if time is not None and not settings.USE_TZ else time
 

@@ -25,7 +25,7 @@ _ANY = 10**9  # runs
 
 
 class _Stopped(BaseException):
-    """A signal came, and the workflow that was running then has ended."""
+    """A signal arrived, and the workflow that was running has ended."""
 
 
 class Command(BaseCommand):
@@ -87,7 +87,7 @@ class Command(BaseCommand):
             raise CommandError(str(error)) from error
         failed, total = self._counts["failed"], self._counts.total()
         if self._is_watched(options):
-            self.stdout.write(f"{total} taken up, {failed} failed")
+            self.stdout.write(f"{total} resumed, {failed} failed")
         if failed:
             raise CommandError(f"{failed} of {total} workflows failed")
 
@@ -190,7 +190,8 @@ def _durables_and_ids(args: Sequence[str]) -> tuple[list[Durable], Sequence[str]
             return others, args
     if not found and not tasks:
         raise CommandError(
-            "which Durable? Give its dotted path, or set AWAITLY_DURABLE = 'shop.workflows.durable'"
+            "no Durable to work for: give its dotted path, or set AWAITLY_DURABLE in the settings, "
+            "for example to 'shop.workflows.durable'"
         )
     durables = [*found, *tasks]
     if unknown := [id for id in ids if not any(durable.has_state(id) for durable in durables)]:

@@ -1,4 +1,4 @@
-"""The transaction of one step, and how its outcome is settled after an error."""
+"""The transaction of one step, and how its outcome is determined after an error."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StepTransaction:
     this thread holds the turn, and `Checkpoints.in_doubt` names the step.
     """
 
-    _run: Checkpoints
+    _checkpoints: Checkpoints
     _key: str
     _transaction: Transaction = field(init=False)
     _conn: Connection | None = None
@@ -37,24 +37,24 @@ class StepTransaction:
     _committed: bool = False
 
     def __attrs_post_init__(self) -> None:
-        self._transaction = Transaction(self._run.db, self._run.open_transaction)
+        self._transaction = Transaction(self._checkpoints.db, self._checkpoints.open_transaction)
 
     def __enter__(self) -> Connection:
-        run = self._run
-        # Now if it is known by now: `record` does it while the transaction is open, and would wait
-        # for ever if the body has locked a row of this run, by a signal to itself for example.
-        if run.written.must_be_rewritten:
-            with run.turn:
-                run.refuse_if_not_ours(f"before step {self._key!r} returns")
-                run.rewrite_before_append()
+        writer = self._checkpoints
+        # As early as possible: `record` would do it while the transaction is open, and would wait
+        # for ever if the body has locked a row of this run, for example by signalling itself.
+        if writer.written.must_be_rewritten:
+            with writer.turn:
+                writer.refuse_if_not_ours(f"before step {self._key!r} returns")
+                writer.rewrite_before_append()
         # Read before the transaction begins, so that what it sees is at least as new. Read later,
         # these could name a checkpoint of another thread that an isolated transaction, which began
         # before it, cannot see: the check would mistake it for lost history.
-        params = run.next_write()
+        params = writer.next_write()
         conn = self._conn = self._transaction.begin()
         self._isolated = is_isolated(conn)
-        if self._isolated and not fetch(conn, run.db.sql.check_history, params):
-            raise LeaseLost(run.id)
+        if self._isolated and not fetch(conn, writer.db.sql.check_history, params):
+            raise LeaseLost(writer.id)
         return conn
 
     def record(self, enter: Callable[[], str]) -> None:
@@ -63,19 +63,19 @@ class StepTransaction:
         Takes the turn and keeps it until the outcome of the commit is known. Only from here on, so
         that steps of other threads can be recorded while the body runs.
         """
-        run = self._run
+        writer = self._checkpoints
         if self._conn is None:
             raise RuntimeError(f"step {self._key!r} cannot be recorded: no transaction is open")
-        run.turn.acquire()
-        run.refuse_if_not_ours(f"before step {self._key!r} returns")
-        run.rewrite_before_append()
-        # Saved before the history is changed: an exception may strike after any line, and `settle`
-        # undoes both where it finds a saved state.
-        self._before = run.written
+        writer.turn.acquire()
+        writer.refuse_if_not_ours(f"before step {self._key!r} returns")
+        writer.rewrite_before_append()
+        # Saved before the history is changed: an exception can be raised after any line, and
+        # `settle` undoes both changes if it finds a saved state.
+        self._before = writer.written
         self._step = enter()
-        if not run.write_in_transaction(self._conn, self._key, self._step, self._isolated):
-            raise LeaseLost(run.id)
-        run.in_doubt = self._key  # last: until here a rollback is certain, next comes the commit
+        if not writer.write_in_transaction(self._conn, self._key, self._step, self._isolated):
+            raise LeaseLost(writer.id)
+        writer.in_doubt = self._key  # last: until here a rollback is certain, next comes the commit
 
     def __exit__(
         self,
@@ -90,7 +90,7 @@ class StepTransaction:
             ) from error
         self._transaction.end(error)
         if error is None:
-            # In this order, because an exception may strike between any two lines, and `settle`
+            # In this order, because an exception can be raised between any two lines, and `settle`
             # treats a step that is neither in doubt nor marked as committed as rolled back.
             self._committed = True
             self._clear_doubt()
@@ -99,47 +99,47 @@ class StepTransaction:
     def settle(self, error: BaseException) -> BaseException | None:
         """Find out whether the transaction that ended with ``error`` was committed.
 
-        The error may have struck anywhere: in the body, in the commit, or in between. Afterwards
-        the history has the step only if it was committed, or if the outcome is still unknown.
+        The error may have been raised anywhere: in the body, in the commit, or in between.
+        Afterwards the history has the step only if it was committed, or if that is still unknown.
 
         Returns:
             The exception to raise; None if the step was committed and only the reply was lost.
         """
-        run = self._run
+        writer = self._checkpoints
         try:
-            # First end what is still open. If the commit was not sent this rolls back, so that the
-            # lookup below finds an outcome and does not wait for a transaction of this thread.
+            # First end the transaction if it is still open. If the commit was not sent, this rolls
+            # back, so that the lookup below does not wait for a transaction of this very thread.
             closed, self._conn = self._transaction.give_up(error), None
             refused = driver_error(error)
             committed = self._committed
-            in_doubt = not committed and run.in_doubt == self._key and self._step is not None
-            # An error from the server on a live connection is an answer: it was rolled back. After
-            # a lost connection or an interrupt (a signal handler, Ctrl-C) only a lookup can tell.
+            in_doubt = not committed and writer.in_doubt == self._key and self._step is not None
+            # An error from the server on a live connection means that it was rolled back. After a
+            # lost connection or an interrupt (a signal handler, Ctrl-C), only a lookup can tell.
             if in_doubt and (closed or refused is None):
                 try:
-                    committed = run.has_committed(self._key, str(self._step))
+                    committed = writer.has_committed(self._key, str(self._step))
                 except StoreUnavailable as unknown:  # the step stays in doubt: nothing may follow
                     if not isinstance(error, Exception):
                         return error
                     unknown.__cause__ = error
                     return unknown
             if not committed and self._before is not None:
-                run.history.forget(self._key)
-                run.written = self._before
+                writer.history.forget(self._key)
+                writer.written = self._before
             self._clear_doubt()
             if closed and refused is not None:
-                run.db.recover(refused)
-                return None if committed else run.db.translate(refused)
+                writer.db.recover(refused)
+                return None if committed else writer.db.translate(refused)
             return error
         finally:
             self._leave_turn()
 
     def _clear_doubt(self) -> None:
-        if self._run.in_doubt == self._key:
-            self._run.in_doubt = None
+        if self._checkpoints.in_doubt == self._key:
+            self._checkpoints.in_doubt = None
 
     def _leave_turn(self) -> None:
-        # Tried without a flag that says whether it is held: an exception may have struck after the
-        # turn was acquired and before such a flag was set.
+        # Without a flag that says whether it is held: an exception may have been raised after the
+        # turn was acquired and before the flag was set.
         with suppress(RuntimeError):  # this thread does not hold it
-            self._run.turn.release()
+            self._checkpoints.turn.release()

@@ -68,7 +68,7 @@ class Map(Generic[A, T]):
             self._note(index, error)
 
     def _execute(self, index: int) -> bool:
-        """Run one item; return whether another may be begun."""
+        """Run one item; return whether another may begin."""
         if self.run.has_ended:
             return False
         item, about = self.items[index], {"map": self.key, "of": len(self.keys)}
@@ -91,7 +91,7 @@ class Map(Generic[A, T]):
 
 
 def held_lock() -> _thread.LockType:
-    """Make a lock that whoever acquires it waits for, until somebody releases it."""
+    """Return an acquired lock: the next `acquire` waits until somebody releases it."""
     lock = _thread.allocate_lock()
     lock.acquire()
     return lock
@@ -101,9 +101,9 @@ def held_lock() -> _thread.LockType:
 class Threads:
     """Calls ``work`` with each number of ``todo``, in ``count`` threads, until it returns False.
 
-    An exception out of a signal handler may strike the calling thread anywhere. So that one does
-    not touch `threading`, whose own locks it could leave locked for ever: it only waits for a plain
-    lock. All else is done by threads that no signal interrupts.
+    A signal handler can raise in the calling thread at any point. So that thread does not use
+    `threading`, whose internal locks could stay locked for ever: it only waits for a plain lock.
+    Everything else is done by threads that signals do not interrupt.
     """
 
     _work: Callable[[int], bool]
@@ -117,10 +117,10 @@ class Threads:
     _at_work: _thread.LockType = field(factory=held_lock)  # held until all threads have ended
 
     def run(self, name: str) -> None:
-        """Return when all is done, or when all threads have ended after one said to stop.
+        """Return when all items are done, or all threads have ended because one was told to stop.
 
-        An exception is raised when they have ended: they finish what they are at, and begin no
-        more. Another one while they do is raised at once.
+        An exception raised meanwhile (Ctrl-C) propagates once the threads have ended: they finish
+        their current items and begin no more. A second one propagates at once.
         """
         try:
             _thread.start_new_thread(self._start, (name,))
@@ -136,21 +136,21 @@ class Threads:
             raise self._error
 
     def _wait(self) -> None:
-        # In turns of a second: a signal that arrives just as this thread falls asleep does not wake
-        # it. The lock is not given back, so it is the count that says whether all have ended: an
-        # interrupt may strike after the lock was acquired, and the wait that follows must end too.
+        # A second at a time: a signal that arrives just before this thread blocks does not wake it.
+        # The lock is not released again, so the count decides whether all have ended: an interrupt
+        # may come after the lock was acquired, and the next wait must end, too.
         while self._count > 0 and not self._at_work.acquire(timeout=1):
             pass
 
     def _start(self, name: str) -> None:
         with self._lock:
             if self._is_stopped:
-                return  # nobody waits
+                return  # `run` was interrupted, and does not wait
             self._has_begun = True
         for nr in range(self._count):
             try:
-                # daemon is given because by default it asks for the current thread, which would be
-                # listed for ever: this one was not made by `threading`.
+                # daemon= is passed because its default calls current_thread(), which would register
+                # this thread for ever: it was not started by `threading`.
                 Thread(target=self._go, name=f"{name}-{nr}", daemon=False).start()
             except RuntimeError as error:
                 self._error = error
