@@ -177,7 +177,9 @@ class Resuming(Options):
             # A run recorded as failed is a failure even if the workflow itself raised one of these,
             # for instance from another store.
             if end != "run_failed":
-                if isinstance(error, StoreUnavailable):
+                # If only one session was lost (its server process was terminated), that costs the
+                # run that had it, which is due again after a pause, and no other.
+                if isinstance(error, StoreUnavailable) and not (end and self._db.answers()):
                     raise
                 if isinstance(error, _TAKEN):
                     return Outcome(id, "skipped", None, error, attempts)

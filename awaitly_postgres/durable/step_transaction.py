@@ -11,7 +11,13 @@ from attrs import define, field
 
 from ..errors import LeaseLost, StoreUnavailable
 from ..store.connection import is_isolated
-from ..store.database import ROLLBACK, Connection, driver_error, fetch
+from ..store.database import (
+    ROLLBACK,
+    Connection,
+    driver_error,
+    fetch,
+    is_transaction_timeout,
+)
 from ..store.transaction import Transaction
 from .written import Written
 
@@ -129,7 +135,10 @@ class StepTransaction:
             self._clear_doubt()
             if closed and refused is not None:
                 writer.db.recover(refused)
-                return None if committed else writer.db.translate(refused)
+                if committed:
+                    return None
+                if not is_transaction_timeout(refused):
+                    return writer.db.translate(refused)
             return error
         finally:
             self._leave_turn()

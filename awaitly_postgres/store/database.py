@@ -101,6 +101,12 @@ class Database:
                 if not _is_transient(error) or not backoff.pause():
                     raise self.translate(error) from error
 
+    def answers(self) -> bool:
+        """Return whether the database can be reached, after an outage that may be over."""
+        with suppress(StoreError):
+            return bool(self.run(lambda c: fetch(c, b"SELECT 1", {}), retry_for=PATIENCE))
+        return False
+
     def joined(self, conn: Connection | None) -> Connection | None:
         """Return the connection whose transaction to join, or None; see `Pool.joined`."""
         return self.pool.joined(conn)
@@ -345,6 +351,14 @@ def _is_transient(error: Exception) -> bool:
     if error.sqlstate == "XX000":
         return any(words in str(error) for words in _NODE_LOST)
     return error.sqlstate.startswith(_TRANSIENT)
+
+
+def is_transaction_timeout(error: psycopg.Error) -> bool:
+    """Return whether the server ended a transaction because it was idle or open for too long.
+
+    In the transaction of a step that is the step's own failure, not an outage.
+    """
+    return isinstance(error, (pg.IdleInTransactionSessionTimeout, pg.TransactionTimeout))
 
 
 def driver_error(error: BaseException) -> psycopg.Error | None:

@@ -523,8 +523,8 @@ FOR KEY SHARE OF lease
 ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 
 -- fragment: rewrite_snapshot
--- Stores the whole document, where a row exists. As an UPDATE it is one query to one shard on Citus.
--- Signals are kept as in keep_signals.
+-- Stores the whole document where a row exists: as an UPDATE it is one query to one shard on
+-- Citus. Signals are kept as in keep_signals.
 UPDATE {snapshots} SET
     updated_at = statement_timestamp(),
     snapshot = CASE

@@ -12,7 +12,14 @@ from typing import Any
 import psycopg
 import pytest
 
-from awaitly_postgres import Durable, SnapshotStore, Step, Workflow, WorkflowNotFound
+from awaitly_postgres import (
+    Durable,
+    SnapshotStore,
+    Step,
+    StoreUnavailable,
+    Workflow,
+    WorkflowNotFound,
+)
 from tests.support import run_in_the_parent
 
 DB = psycopg.Connection
@@ -139,6 +146,59 @@ def test_a_row_whose_id_is_the_bare_prefix_is_passed_over(
     assert [outcome.status for outcome in durable.resume_pending()] == ["completed"]
     assert durable.clear_state() == 2
     assert durable.store.list() == []
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_session_that_the_server_ends_costs_its_run_only(
+    durable: Durable, db: DB, workers: int
+) -> None:
+    """The database is there, so the pass goes on, and the run is due again after its pause."""
+
+    def pay(conn: psycopg.Connection, id: str) -> None:
+        if id == "a-bad":
+            db.execute("SELECT pg_terminate_backend(%s)", [conn.info.backend_pid])
+        conn.execute("SELECT 1")
+
+    @durable.workflow
+    def job(step: Step) -> None:
+        step.transaction("pay", pay, step.workflow_id)
+
+    for id in ("a-bad", "b", "c"):
+        durable.submit(id, job)
+    outcomes = {outcome.id: outcome for outcome in durable.resume_pending(workers=workers)}
+    assert {id for id in outcomes if outcomes[id].status == "completed"} == {"b", "c"}
+    assert isinstance(outcomes["a-bad"].error, StoreUnavailable)
+    assert outcomes["a-bad"].retry_at == durable.get("a-bad").next_at
+    assert not db.execute("SELECT FROM awaitly_workflow_lock").fetchall()
+
+
+@pytest.mark.parametrize("setting", ["idle_in_transaction_session_timeout", "transaction_timeout"])
+def test_a_transaction_that_takes_too_long_is_the_steps_own_failure(
+    durable: Durable, db: DB, setting: str
+) -> None:
+    """It is recorded, with the exception of the driver, and retried after a pause."""
+    if setting == "transaction_timeout" and db.info.server_version < 170000:
+        pytest.skip("PostgreSQL 17 brought transaction_timeout")
+
+    def slow(conn: psycopg.Connection) -> None:
+        conn.execute(f"SET LOCAL {setting} = 20")
+        while conn.info.backend_pid in {
+            pid for (pid,) in db.execute("SELECT pid FROM pg_stat_activity")
+        }:
+            pass
+        conn.execute("SELECT 1")
+
+    @durable.workflow
+    def job(step: Step) -> None:
+        step.transaction("slow", slow)
+
+    durable.submit("a", job)
+    (outcome,) = durable.resume_pending()
+    info = durable.get("a")
+    assert outcome.status == "failed"
+    assert info.state == "retrying"
+    assert isinstance(info.steps[0].error, psycopg.Error)
+    assert info.steps[0].error.sqlstate in ("25P03", "25P04")
 
 
 def test_a_run_that_got_further_starts_a_new_count(store: SnapshotStore, db: DB) -> None:
