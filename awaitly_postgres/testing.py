@@ -191,7 +191,7 @@ class _Trial:
             except _Crash:
                 stored = snapshot_of(run, stored, "running", {})
             except Exception as error:
-                if not isinstance(error, WorkflowSuspended) or error is not run.interruption:
+                if not isinstance(error, WorkflowSuspended) or not run.is_interruption(error):
                     return self._end_of(run, stored, error, None)
                 self._wait_for(run.history)
                 stored = snapshot_of(run, stored, "running", {}, suspended=True)

@@ -16,6 +16,7 @@ from ..errors import (
     AwaitlyError,
     WorkflowCancelled,
     WorkflowError,
+    WorkflowNotFound,
 )
 from ..snapshot import WorkflowSnapshot, as_mapping
 from ..store import lease as leases
@@ -122,6 +123,7 @@ class Admission:
             only_if_unchanged: raise `TouchedMeanwhile` if it was written since; for
                 `resume_pending`.
         """
+        is_resumed = found is not None
         if found is None:
             begun = self._begin()
             if isinstance(begun, New):
@@ -134,6 +136,8 @@ class Admission:
                 self._acquire()
                 rows = self._db.rows(self._sql.read_for_resume, {"id": self._checkpoints.key})
                 if not rows:
+                    if is_resumed:  # it was deleted, perhaps after completing, since it was read
+                        raise WorkflowNotFound(self.id)
                     if self._create():
                         return New()
                     continue  # a `submit`, which needs no lease, has stored it: read it again

@@ -138,7 +138,7 @@ class Checking(Options):
         except FirstNewStep:
             return None
         except (Exception, SystemExit) as error:
-            ours = error is replay.interruption
+            ours = replay.is_interruption(error)
             if ours and isinstance(error, WorkflowDrift):
                 return Problem(id, entry.name, "drift", str(error), error.key)
             if ours and isinstance(error, SnapshotFormatError):

@@ -64,6 +64,14 @@ class Checkpoints:
 
     # -- the recorder of a run -------------------------------------------------------------
 
+    def refuse_to_begin(self) -> None:
+        """Raise where a rollback could undo what a step does, although the step is recorded."""
+        self.db.pool.refuse_to_run_here()
+
+    def leave_thread(self) -> None:
+        """Close what is kept for the current thread, which is about to end."""
+        self.db.pool.leave_thread()
+
     def record(self, key: str, enter: Callable[[], str]) -> None:
         """Write one step, in one statement with those of other threads that are waiting."""
         self._refuse_in_a_fork(f"before step {key!r} returns")  # locks may stay held in a child

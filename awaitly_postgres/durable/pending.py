@@ -69,6 +69,7 @@ class Outcome:
         result: what a completed workflow returned.
         error: the exception, unless it completed.
         attempts: the starts since the run last made progress, this one included.
+        started: False if it could not be started or continued, so that nothing new ran.
         retry_at: when a failed run is retried automatically, by the server's clock; None: never.
     """
 
@@ -78,6 +79,7 @@ class Outcome:
     error: BaseException | None = None
     attempts: int = 0
     retry_at: datetime | None = None
+    started: bool = True
 
 
 @define(eq=False, repr=False)

@@ -14,26 +14,20 @@ from ..errors import (
     LeaseLost,
     SnapshotFormatError,
     StoreUnavailable,
-    VersionMismatch,
     WorkflowCancelled,
     WorkflowDrift,
     WorkflowNotFound,
 )
 from ..store.rows import SnapshotInfo, is_input, read_time
 from ..store.store import Infos
-from .admission import AttemptsExhausted, Found, TouchedMeanwhile
+from .admission import Found, TouchedMeanwhile
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
 from .workers import InProgress, Pass, Workers
 
 _TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
-_REFUSALS = (
-    VersionMismatch,
-    WorkflowDrift,
-    SnapshotFormatError,
-    AttemptsExhausted,
-)  # no new step ran
+_REFUSALS = (WorkflowDrift, SnapshotFormatError)  # of a run that was begun; no new step ran
 
 
 class Resuming(Options):
@@ -117,7 +111,7 @@ class Resuming(Options):
             lambda after, limit: pending(prefix, workflows=names, limit=limit, after=after)
         )
         crew = Workers(self._attempt_pending, workers, pool.leave_thread)
-        return Pass(queue, crew, limit, on_progress, _counts).run()
+        return Pass(queue, crew, limit, on_progress).run()
 
     def list_pending(self, prefix: str = "", limit: int = 100) -> Infos:
         """List the runs that `resume_pending` would start now, least recently updated first.
@@ -184,12 +178,9 @@ class Resuming(Options):
                 if isinstance(error, _TAKEN):
                     return Outcome(id, "skipped", None, error, attempts)
             retry_at = self._retry_at(id) if session and not session.gave_up else None
-            return Outcome(id, "failed", None, error, attempts, retry_at)
+            started = end == "run_failed" or (end and not isinstance(error, _REFUSALS))
+            return Outcome(id, "failed", None, error, attempts, retry_at, bool(started))
 
     def _retry_at(self, id: str) -> datetime | None:
         rows = self._db.rows(self._sql.retry_at, {"id": self.store.key(id)})
         return read_time(rows[0][0]) if rows else None
-
-
-def _counts(outcome: Outcome) -> bool:
-    return outcome.status != "skipped" and not isinstance(outcome.error, _REFUSALS)

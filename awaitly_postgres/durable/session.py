@@ -176,7 +176,7 @@ class Session:
 
     def _end(self, error: BaseException) -> EventType:
         """Record how the run ended, if that may be recorded; return the type of the event."""
-        ours = error is self._run.interruption
+        ours = self._run.is_interruption(error)
         if ours and isinstance(error, WorkflowSuspended):
             self._finish(lambda: self._document("running", suspended=True))
             return "run_suspended"

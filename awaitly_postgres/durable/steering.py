@@ -23,8 +23,9 @@ class Steering(Options):
     def delete_state(self, id: str) -> bool:
         """Delete the run stored as ``id``; return whether there was one.
 
-        This does not stop a run: if it is running, it continues, and stores its state again when
-        it ends. To end it for good, use `cancel`.
+        This does not stop a run: if it is running, it continues, and stores its state again with
+        its next write, or ends with `LeaseLost` if it had steps in the journal. To end it for good,
+        use `cancel`.
         """
         return self.store.delete(id)
 
@@ -60,19 +61,11 @@ class Steering(Options):
             "key": check_id(key, "step key"),
             "value": value_json,
         }
-        tries = 0
 
         def send(conn: Connection) -> bool:
-            nonlocal tries
-            tries += 1
-            if execute(conn, sql.signal, params):
-                return True
-            # An answer is never overwritten, so a retry finds the key taken, possibly by the first
-            # try, whose reply was lost. If the stored value is ours, that is what happened.
-            taken = fetch(conn, sql.signal_for, params) if tries > 1 else []
-            return bool(taken) and _json.as_stored(taken[0][0]) == _json.as_stored(value_json)
+            return bool(execute(conn, sql.signal, params))
 
-        return self._db.run(send, self._db.joined(conn))
+        return self._db.run_once(send, self._db.joined(conn))
 
     def cancel(self, id: str, *, conn: Connection | None = None) -> bool:
         """End the run stored as ``id`` for good; return whether there was an unfinished one.
@@ -93,6 +86,9 @@ class Steering(Options):
             # Lock the lease's row first, as every write of a run does. This waits for a checkpoint
             # that is being committed, so that the cancelled snapshot includes it.
             fetch(conn, sql.lock_lease_row, params)
-            return bool(fetch(conn, sql.cancel, params))
+            cancelled = bool(fetch(conn, sql.cancel, params))
+            if cancelled:
+                execute(conn, sql.revoke, params)
+            return cancelled
 
         return self._db.run_once(work, self._db.joined(conn))

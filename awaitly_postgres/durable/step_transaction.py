@@ -8,8 +8,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from attrs import define, field
+from psycopg.pq import TransactionStatus
 
-from ..errors import LeaseLost, StoreUnavailable
+from ..errors import LeaseLost, StoreUnavailable, WorkflowError
 from ..store.connection import is_isolated
 from ..store.database import (
     ROLLBACK,
@@ -57,11 +58,26 @@ class StepTransaction:
         # these could name a checkpoint of another thread that an isolated transaction, which began
         # before it, cannot see: the check would mistake it for lost history.
         params = writer.next_write()
-        conn = self._conn = self._transaction.begin()
-        self._isolated = is_isolated(conn)
-        if self._isolated and not fetch(conn, writer.db.sql.check_history, params):
+        # Where transactions are isolated, what has been recorded is checked before this one begins:
+        # its own reads of the journal would conflict with the appends of all other runs.
+        if writer.db.isolates and not writer.db.rows(writer.db.sql.check_history, params):
             raise LeaseLost(writer.id)
+        conn = self._conn = self._transaction.begin()
+        self._refuse_without_transaction("does not begin one: transaction= must yield one")
+        self._isolated = is_isolated(conn)
+        if self._isolated and not writer.db.isolates:  # found out just now: check it in here, once
+            writer.db.isolates = True
+            if not fetch(conn, writer.db.sql.check_history, params):
+                raise LeaseLost(writer.id)
         return conn
+
+    def _refuse_without_transaction(self, problem: str) -> None:
+        """Raise if what the step writes does not commit together with its record."""
+        conn = self._conn
+        if conn is None or not conn.autocommit:  # else psycopg begins one when it is needed
+            return
+        if conn.info.transaction_status == TransactionStatus.IDLE:
+            raise RuntimeError(f"step {self._key!r} is in no transaction: its connection {problem}")
 
     def record(self, enter: Callable[[], str]) -> None:
         """Write the step, as the last statement before the commit.
@@ -72,7 +88,16 @@ class StepTransaction:
         writer = self._checkpoints
         if self._conn is None:
             raise RuntimeError(f"step {self._key!r} cannot be recorded: no transaction is open")
-        writer.turn.acquire()
+        self._refuse_without_transaction("has ended it, with COMMIT or ROLLBACK in SQL")
+        # Not for ever: the thread that holds the turn may be waiting for a row that the body has
+        # locked, for example by signalling its own run. The server cannot see that deadlock. Half
+        # of the ttl leaves time to record the failure.
+        if not writer.turn.acquire(timeout=writer.ttl / 2):
+            raise WorkflowError(
+                f"step {self._key!r} of {writer.id!r} cannot be recorded: another thread of the "
+                f"run has been writing for {writer.ttl / 2:g} s. If it waits for a row that this "
+                "step has locked, change that row in another step. Then resume the run."
+            )
         writer.refuse_if_not_ours(f"before step {self._key!r} returns")
         writer.rewrite_before_append()
         # Saved before the history is changed: an exception can be raised after any line, and
@@ -119,9 +144,10 @@ class StepTransaction:
             refused = driver_error(error)
             committed = self._committed
             in_doubt = not committed and writer.in_doubt == self._key and self._step is not None
-            # An error from the server on a live connection means that it was rolled back. After a
-            # lost connection or an interrupt (a signal handler, Ctrl-C), only a lookup can tell.
-            if in_doubt and (closed or refused is None):
+            # Only a lookup can tell, even if the server has reported an error on a live connection:
+            # that need not be about the COMMIT. A hook that runs after it, such as Django's
+            # on_commit, may have used the database too.
+            if in_doubt:
                 try:
                     committed = writer.has_committed(self._key, str(self._step))
                 except StoreUnavailable as unknown:  # the step stays in doubt: nothing may follow

@@ -63,11 +63,14 @@ class Submitting(Options):
             tries += 1
             return bool(fetch(conn, self._sql.create, params))
 
-        if self._db.run(create, conn):
-            return True
-        stored = self.store.load(id, conn=conn)
-        if stored is None:
-            return False
+        # A run that is deleted when it completes may be gone before a retry, which would store it
+        # again. Then the outcome of the first try is looked up, at three more round trips.
+        run = self._db.run_once if self.on_complete == "delete" else self._db.run
+        stored = None
+        while stored is None:  # again, if what was there has been deleted since
+            if run(create, conn):
+                return True
+            stored = self.store.load(id, conn=conn)
         metadata = stored.metadata or {}
         entry.check_identity(id, metadata, input)
         # After a retry, this may be what the first try stored, if only its reply was lost: then it

@@ -140,7 +140,6 @@ class Pass:
     _workers: Workers
     _limit: int
     _on_progress: Callable[[Outcome], object] | None
-    _counts: Callable[[Outcome], bool]  # whether a run counts against the limit
     outcomes: list[Outcome] = field(factory=list)
     _ran: int = 0
 
@@ -185,7 +184,7 @@ class Pass:
         self.outcomes.append(outcome)
         if outcome.status == "skipped":
             self._queue.note_contention()
-        self._ran += self._counts(outcome)
+        self._ran += outcome.started and outcome.status != "skipped"
         try:
             if self._on_progress is not None:
                 self._on_progress(outcome)

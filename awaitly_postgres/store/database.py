@@ -58,6 +58,7 @@ class Database:
     pool: Pool
     _auto_create: bool
     retry_for: float
+    isolates: bool = False  # a step's transaction was above READ COMMITTED
     _tables_seen: bool = False
 
     def run(

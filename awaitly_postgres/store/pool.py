@@ -51,6 +51,8 @@ class Pool(ABC):
     _is_known_to_be_small: bool = field(default=False, init=False)
     # Not a WeakSet: it runs Python code when a loan is collected, where Ctrl-C would be swallowed.
     _loans: set[Loan] = field(factory=set, init=False)
+    # Connections from elsewhere on which a step's transaction is open.
+    foreign: set[Connection] = field(factory=set, init=False)
 
     def __attrs_post_init__(self) -> None:
         _pools.add(self)
@@ -173,13 +175,13 @@ class Pool(ABC):
         # If a step forks, the child is inside the step's transaction and would roll it back, on a
         # connection that it shares with the parent. So its copy of the descriptor is redirected to
         # /dev/null; the parent's copy is not affected.
-        for loan in list(self._loans):
+        for conn in [*(loan.conn for loan in list(self._loans)), *self.foreign]:
             with suppress(OSError, psycopg.Error):
-                if loan.conn is not None:
+                if conn is not None:
                     nowhere = os.open(os.devnull, os.O_RDWR)
-                    os.dup2(nowhere, loan.conn.fileno())
+                    os.dup2(nowhere, conn.fileno())
                     os.close(nowhere)
-        self._loans = set()
+        self._loans, self.foreign = set(), set()
         self.has_worked = False
         self._inherited = self._inherited or (self._pool is not None and not self._pool.closed)
 

@@ -650,9 +650,8 @@ SELECT 1 FROM {leases} WHERE workflow_id = %(id)s FOR UPDATE
 {status} IS DISTINCT FROM 'completed' AND snapshot->'metadata'->'cancelledAt' IS NULL
 
 -- name: cancel
--- Marks the run as cancelled and revokes its lease, so that the holder writes nothing more. If
--- there is nothing to cancel, nothing changes: the journal is deleted only if "found" has a row,
--- the lease only if "cancelled" has one.
+-- Marks the run as cancelled; revoke is sent next. If there is nothing to cancel, nothing changes:
+-- the journal is deleted only if "found" has a row.
 WITH found AS (SELECT 1 FROM {snapshots} WHERE id = %(id)s AND {cancellable})
 , taken_out AS (                                                        -- if journal
     {clear_journal} AND EXISTS (SELECT FROM found) RETURNING key, step  -- if journal
@@ -671,11 +670,14 @@ WITH found AS (SELECT 1 FROM {snapshots} WHERE id = %(id)s AND {cancellable})
         )
     WHERE id = %(id)s AND {cancellable}
     RETURNING 1
-),
-released AS (
-    DELETE FROM {leases} WHERE workflow_id = %(id)s AND EXISTS (SELECT FROM cancelled)
 )
 SELECT 1 FROM cancelled
+
+-- name: revoke
+-- Sent after cancel, in the same transaction: takes the lease away from whoever has it. A statement
+-- of its own, because cancel may have waited for a start that was being counted, and does not see
+-- the lease of that start.
+DELETE FROM {leases} WHERE workflow_id = %(id)s
 
 -- name: rewind
 -- Returns a run to an earlier step: replaces the document, empties the journal and releases the
@@ -793,17 +795,22 @@ LIMIT %(limit)s::bigint
 -- fragment: has_progressed -- if journal
 -- The journal is empty when a start begins (take_up folds it). So a step in it that succeeded means
 -- that the run has made progress since: neither its pause nor its count of starts applies any
--- more. The aggregate makes the planner look up one run; EXISTS would hash the whole journal.
+-- more. A step that the snapshot has too was appended late, by a try whose reply was lost. The
+-- aggregate makes the planner look up one run; EXISTS would hash the whole journal.
 COALESCE(
-    (SELECT bool_or(j.step->'ok' = 'true') FROM {journal} j WHERE j.id = s.id GROUP BY j.id), false
+    (
+        SELECT bool_or(j.step->'ok' = 'true' AND NOT COALESCE(s.snapshot->'steps' ? j.key, false))
+        FROM {journal} j WHERE j.id = s.id GROUP BY j.id
+    ), false
 )
 
 -- fragment: has_progressed -- if no journal
 false
 
 -- fragment: is_due
--- The time stored in wakeAt has come, or a signal that the run waits for has arrived, or it has
--- made progress since its pause was set. Comparing wakeAt as text never fails, whatever it holds.
+-- The time stored in wakeAt has come, or a signal that the run waits for has arrived (a sleep has a
+-- time and no deadline, and takes none), or it has made progress since its pause was set. Comparing
+-- wakeAt as text never fails, whatever it holds.
 (
     COALESCE(snapshot->'metadata'->>'wakeAt', '') COLLATE "C"
         <= {stored_now}
@@ -816,6 +823,7 @@ false
             END
         ) AS waited
         WHERE snapshot->'metadata'->'signals' ? waited.key
+            AND (waited.value = 'null' OR snapshot->'metadata'->'deadlines' ? waited.key)
     )
     OR {has_progressed}
 )
@@ -850,7 +858,11 @@ WHERE {unfinished}
     AND COALESCE(snapshot->'metadata'->'gaveUpAt' IS NULL, true)
     AND COALESCE(
         jsonb_typeof(snapshot->'metadata'->'input'->'args') = 'array'
-        AND jsonb_typeof(snapshot->'metadata'->'input'->'kwargs') = 'object',
+        AND jsonb_typeof(snapshot->'metadata'->'input'->'kwargs') = 'object'
+        AND snapshot->'metadata'->'input' = jsonb_build_object(
+            'args', snapshot->'metadata'->'input'->'args',
+            'kwargs', snapshot->'metadata'->'input'->'kwargs'
+        ),
         false
     )
     AND COALESCE(octet_length(id) <= {max_id}, false)

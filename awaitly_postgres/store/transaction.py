@@ -44,8 +44,9 @@ class Transaction:
 
     def _begin(self) -> Connection:
         if self._opener is not None:
-            conn = self._open.enter_context(self._opener())
-            self._db.joined(conn)  # raises for a connection to another database
+            conn = self._conn = self._open.enter_context(self._opener())
+            self._db.joined(conn)  # raises if it is another database's
+            self._db.pool.foreign.add(conn)  # a forked child must not end its transaction
             return conn
         self._loan = self._db.pool.loan()
         conn = self._loan.take(self._db.patience)
@@ -60,6 +61,8 @@ class Transaction:
         self._open.__exit__(kind, error, traceback)
         if self._loan is not None:
             self._loan.give_back()
+        elif self._conn is not None:
+            self._db.pool.foreign.discard(self._conn)
 
     def give_up(self, error: BaseException) -> bool:
         """Roll back if it is still open, and return the connection; tell whether it was lost."""
@@ -68,7 +71,9 @@ class Transaction:
             self._open.__exit__(type(error), error, error.__traceback__)
         if self._loan is not None:
             self._loan.give_back()
-        elif self._conn is not None and not is_clean(self._conn):
+        elif self._conn is not None:
+            self._db.pool.foreign.discard(self._conn)
+        if self._loan is None and self._conn is not None and not is_clean(self._conn):
             with suppress(psycopg.Error):  # it is closed in any case
                 stop(self._conn)  # the user's: the interrupt kept it from ending its transaction
         # If giving the connection back was interrupted, it returns once nothing refers to it.

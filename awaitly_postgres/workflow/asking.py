@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from attrs import define, field
 
 from .._checks import OnDrift, check_id
-from ..errors import AwaitlyError, DuplicateStepKey, WorkflowDrift, WorkflowError
+from ..errors import AwaitlyError, DuplicateStepKey, WorkflowDrift, WorkflowError, WorkflowSuspended
 from .codec import Codec
 from .event import OnEvent
 from .history import History, Recorded
@@ -43,6 +43,7 @@ class Asking:
     _done: set[str] = field(factory=set)  # keys that this start has certainly recorded
     _unrecorded: str | None = None  # the own thread's step that has begun but is not recorded yet
     _ended_by: BaseException | None = None
+    _suspended_by: WorkflowSuspended | None = None
     _over: bool = False
     _own_thread: int = field(factory=threading.get_ident)
     _handled_before: BaseException | None = None
@@ -52,15 +53,20 @@ class Asking:
         """Return whether this is the workflow's own thread."""
         return threading.get_ident() == self._own_thread
 
-    @property
-    def interruption(self) -> AwaitlyError | None:
-        """The error of this package that ended the run; None if it ended in any other way."""
-        return self._ended_by if isinstance(self._ended_by, AwaitlyError) else None
+    def is_interruption(self, error: BaseException) -> bool:
+        """Return whether ``error`` is what this package ended or suspended the run with."""
+        return isinstance(error, AwaitlyError) and (
+            error is self._ended_by or error is self._suspended_by
+        )
 
     @property
-    def has_ended(self) -> bool:
-        """Whether an error has ended the run, or it is over."""
-        return self._over or self._ended_by is not None
+    def interruption(self) -> BaseException | None:
+        """The error that ended the run, or else the one that suspended it; None if neither did."""
+        return self._ended_by or self._suspended_by
+
+    def has_ended(self, own: bool) -> bool:
+        """Return whether no step may begin any more, in the own thread or in another one."""
+        return self._over or self._ended_by is not None or (own and self._suspended_by is not None)
 
     def end(self) -> None:
         """From now on, refuse steps of threads that are still running: see `refuse_if_over`."""
@@ -130,16 +136,21 @@ class Asking:
         self._unrecorded = key
 
     def refuse_if_ended(self) -> None:
-        """Raise if an error has ended the run: no further step begins, in any thread."""
-        if self._ended_by is None and self.is_own_thread():
-            # Called from a ``finally`` of the workflow while Ctrl-C or SystemExit is propagating?
+        """Raise if an error has ended the run: no step begins any more, in any thread.
+
+        A suspension stops the workflow's own thread only. The other threads go on to the steps that
+        they can record, and to the times and signals that they wait for.
+        """
+        own = self.is_own_thread()
+        if self._ended_by is None and own:
+            # Called from a ``finally`` of the workflow, while Ctrl-C or the like is propagating.
             passing = sys.exc_info()[1]
             if passing is not self._handled_before and not isinstance(
                 passing, (Exception, Interrupted, type(None))
             ):
                 self.stop(passing)
-        if self._ended_by is not None:
-            raise Interrupted(self._ended_by)
+        if (error := self.interruption if own else self._ended_by) is not None:
+            raise Interrupted(error)
 
     # -- what has ended it -----------------------------------------------------------------
 
@@ -159,5 +170,8 @@ class Asking:
                 self._ended_by = error
 
     def _interrupt(self, error: AwaitlyError) -> Interrupted:
-        self.stop(error)
+        if isinstance(error, WorkflowSuspended):
+            self._suspended_by = self._suspended_by or error
+        else:
+            self.stop(error)
         return Interrupted(error)

@@ -61,6 +61,8 @@ class History:
         if "settled" in metadata:
             history._settled = as_count(metadata["settled"])
         settled = max(history._settled, _own_thread_went_on_after(metas, seqs))
+        # Kept, because the step that settled them may be open itself, and leave the record.
+        history._settled = settled
         # Node does not number its steps, but it stores the key of the last one.
         last_of_node = str(metadata.get("lastStepKey"))
         completed = snapshot.execution.status == "completed"
@@ -76,8 +78,8 @@ class History:
         history.has_left_out = len(replayed) < len(recorded)
         history.steps = {key: steps.text(key) for key in replayed}
         history._recorded = {key: recorded[key] for key in replayed}
-        history._seq = max(seqs.values(), default=0)
-        if history._seq:
+        history._seq = max(settled, *seqs.values(), 0)  # new steps come after what is settled
+        if any(seqs.values()):
             history.last_key = max(seqs, key=seqs.__getitem__)
         history._note_maps(replayed, metas, seqs)
         history._unnumbered = {key for key in replayed if not seqs[key]} - history._parallel

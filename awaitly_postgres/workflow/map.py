@@ -54,7 +54,9 @@ class Map(Generic[A, T]):
         if missing:
             # As for a single step: what interrupts this before all items are recorded ends the run.
             with run.live(self.key):
-                Threads(self._execute, iter(missing), min(workers, len(missing))).run(self.key)
+                run.refuse_to_begin()  # the threads would not see what this one is inside of
+                count = min(workers, len(missing))
+                Threads(self._execute, iter(missing), run.leave_thread, count).run(self.key)
                 run.refuse_if_ended()
                 run.acknowledge(self.key)
         if self._failure is not None:
@@ -69,7 +71,7 @@ class Map(Generic[A, T]):
 
     def _execute(self, index: int) -> bool:
         """Run one item; return whether another may begin."""
-        if self.run.has_ended:
+        if self.run.has_ended(self._own):
             return False
         item, about = self.items[index], {"map": self.key, "of": len(self.keys)}
         try:
@@ -108,6 +110,7 @@ class Threads:
 
     _work: Callable[[int], bool]
     _todo: Iterator[int]
+    _leave_thread: Callable[[], object]  # called by each thread when it ends
     _count: int  # threads that have not ended
     _context: Context = field(factory=copy_context)
     _has_begun: bool = False
@@ -165,7 +168,10 @@ class Threads:
                 if index is None or not self._context.copy().run(self._work, index):
                     break
         finally:
-            self._leave()
+            try:
+                self._leave_thread()
+            finally:
+                self._leave()
 
     def _leave(self) -> None:
         with self._lock:

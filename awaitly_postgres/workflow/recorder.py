@@ -14,6 +14,12 @@ class Recorder(Protocol):
     Every method may raise an `AwaitlyError`, which then ends the run.
     """
 
+    def refuse_to_begin(self) -> None:
+        """Raise where a rollback could undo what a step does, although the step is recorded."""
+
+    def leave_thread(self) -> None:
+        """Close what is kept for the current thread, which is about to end."""
+
     def record(self, key: str, enter: Callable[[], str]) -> None:
         """Record one step; ``enter`` adds it to the history and returns its JSON text.
 

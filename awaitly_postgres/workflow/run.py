@@ -46,16 +46,17 @@ class Run(Asking):
         self.emit("run_started")
         try:
             result = fn()
-            if (unreached := self.history.unreached()) and self.on_drift == "error":
+            unreached = [] if self.interruption else self.history.unreached()
+            if unreached and self.on_drift == "error":
                 self._interrupt(WorkflowDrift(self.id, None, unreached))
         except (Exception, Interrupted) as error:
-            if self._ended_by is None:
+            if self.interruption is None:
                 raise
             # An error that was never raised itself gets the traceback into the user's code.
             if isinstance(error, Interrupted) and error.error.__traceback__ is None:
                 error.error.__traceback__ = error.__traceback__
-        if self._ended_by is not None:
-            raise self._ended_by
+        if (ended := self.interruption) is not None:
+            raise ended
         return result
 
     def step(self, key: str, fn: Callable[..., T], call: Callable[[], T]) -> T:
@@ -81,10 +82,10 @@ class Run(Asking):
             timer = self._start(key, about)
             try:
                 value = call()
+                text = self._encode(key, value, is_item=about is not None)
             except Exception as error:
                 self._record_failure(key, error, timer.stop(), own)
                 raise
-            text = self._encode(key, value)
             self._record_value(key, text, timer.stop(), own)
         return self._decode(key, fn, _json.as_stored(text))
 
@@ -232,7 +233,18 @@ class Run(Asking):
             self.history.suspend(key, due, self.is_own_thread())
         raise self._interrupt(WorkflowSuspended(self.id, key))
 
+    def refuse_to_begin(self) -> None:
+        """Raise where no step may run, as the recorder says."""
+        if self.recorder is not None:
+            self.recorder.refuse_to_begin()
+
+    def leave_thread(self) -> None:
+        """Close what is kept for the current thread, which is about to end."""
+        if self.recorder is not None:
+            self.recorder.leave_thread()
+
     def _start(self, key: str, about: Timing | None = None) -> Timer:
+        self.refuse_to_begin()
         self.emit("step_started", key)
         return Timer(about or {})
 
@@ -295,10 +307,12 @@ class Run(Asking):
         else:  # rolled back by the body, or because the server refused to commit
             self._record_failure(key, failure, timer.stop(), self.is_own_thread())
 
-    def _encode(self, key: str, value: Any) -> str:
+    def _encode(self, key: str, value: Any, *, is_item: bool = False) -> str:
         try:
             return encode(self.codec, value, f"the result of step {key!r}")
         except AwaitlyError as error:
+            if is_item:  # the item has failed, and the others of its map still run
+                raise
             raise self._interrupt(error) from error
 
     def _decode(self, key: str, fn: Callable[..., T], value: Any) -> T:

@@ -89,7 +89,8 @@ class Step:
             The results in the order of the items, each as ``step(key, fn, item)`` returns it.
 
         Raises:
-            the failure of the first item that failed, in the order of the items.
+            the failure of the first item that failed, in the order of the items. A result that is
+                not JSON (`NotSerializable`) is a failure of its item.
             DuplicateStepKey: two items have the same name. No item has begun.
             WorkflowDrift: a recorded item is missing, or there are more or fewer items than when
                 the map was recorded. No item has begun.

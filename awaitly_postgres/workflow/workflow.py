@@ -128,7 +128,7 @@ class Workflow(Generic[P, T]):
 
     def _end(self, run: Run, error: BaseException) -> EventType:
         run.end()
-        ours = error is run.interruption
+        ours = run.is_interruption(error)
         if ours and isinstance(error, WorkflowDrift):
             return "run_stopped"  # the code is wrong, not the record: the snapshot stays as it was
         if ours and isinstance(error, WorkflowSuspended):

@@ -349,3 +349,39 @@ def test_what_is_not_asked_for_any_more_keeps_no_run_due(
     assert list(durable.store.load("a").metadata["waits"]) == ["second"]
     durable.signal("a", "second", 2)
     assert durable.resume("a") == 2
+
+
+def test_what_was_settled_stays_settled_when_the_step_that_settled_it_is_open(
+    durable: Durable,
+) -> None:
+    """The fallback has failed too, and leaves the record; the workflow keeps its path."""
+    ran: list[str] = []
+    start = iter(range(3))
+
+    def primary() -> str:
+        ran.append("primary")
+        if now == 0:
+            raise ConnectionError("timeout")
+        return "primary"
+
+    def fallback() -> str:
+        ran.append("fallback")
+        if now == 0:
+            raise ConnectionError("timeout")
+        return "fallback"
+
+    def work(step: Step) -> str:
+        try:
+            return step("primary", primary)
+        except ConnectionError:
+            if now == 1:
+                raise KeyError("the code between the steps") from None
+            return step("fallback", fallback)
+
+    for error in (ConnectionError, KeyError):
+        now = next(start)
+        with pytest.raises(error):
+            durable.run("a", work)
+    now = next(start)
+    assert durable.run("a", work) == "fallback"
+    assert ran == ["primary", "fallback", "fallback"]

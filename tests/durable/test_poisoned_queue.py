@@ -300,3 +300,42 @@ def test_a_child_forked_in_a_step_ends_nothing_of_its_parents(
     assert db.execute("SELECT count(*) FROM payments").fetchone() == (3,)
     snapshot = durable.store.load("a")
     assert (snapshot.execution.status, len(snapshot.steps)) == ("completed", 7)
+
+
+def test_an_input_that_is_none_of_ours_is_not_pending(durable: Durable, db: DB) -> None:
+    """Nothing could start the run, so it must not stand at the head of the queue."""
+
+    @durable.workflow
+    def job(step: Step) -> str:
+        return step("a", str)
+
+    durable.submit("a", job)
+    durable.submit("b", job)
+    db.execute(
+        "UPDATE awaitly_snapshots SET snapshot = "
+        "jsonb_set(snapshot, '{metadata,input,more}', '1') WHERE id = 'a'"
+    )
+    assert [info.id for info in durable.list_pending()] == ["b"]
+
+
+def test_a_run_that_cannot_be_taken_up_counts_against_no_limit(durable: Durable, db: DB) -> None:
+    """Its start is not counted either, so it stays where it is in the queue."""
+
+    @durable.workflow
+    def job(step: Step) -> str:
+        return step("a", str)
+
+    for id in ("a", "b"):
+        durable.submit(id, job)
+    db.execute(
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$BEGIN RAISE 'no'; END$$"
+    )
+    db.execute(
+        "CREATE TRIGGER refuse BEFORE UPDATE ON awaitly_snapshots FOR EACH ROW "
+        "WHEN (OLD.id = 'a') EXECUTE FUNCTION refuse()"
+    )
+    outcomes = durable.resume_pending(limit=1)
+    assert [(outcome.id, outcome.status) for outcome in outcomes] == [
+        ("a", "failed"),
+        ("b", "completed"),
+    ]

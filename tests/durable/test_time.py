@@ -25,6 +25,7 @@ from awaitly_postgres import (
 )
 from awaitly_postgres.durable.checkpoints import Checkpoints
 from awaitly_postgres.store.database import Backoff
+from awaitly_postgres.testing import pass_time
 from tests.support import Proxy, eventually
 
 DB = psycopg.Connection
@@ -743,3 +744,48 @@ def test_a_signal_and_a_cancellation_share_the_end_of_the_callers_transaction(
     ends = {outcome.id: outcome.status for outcome in durable.resume_pending()}
     suspended = {"approved": "suspended", "withdrawn": "suspended"}
     assert ends == ({"approved": "completed"} if kept else suspended)
+
+
+def test_a_signal_does_not_end_a_sleep(durable: Durable) -> None:
+    """Nor does it make the run due again and again."""
+
+    @durable.workflow
+    def job(step: Step) -> None:
+        step.sleep("pause", 3600)
+
+    durable.submit("a", job)
+    durable.resume_pending()
+    assert durable.signal("a", "pause", 1) is True
+    assert durable.list_pending() == []
+    assert durable.get("a").state == "waiting"
+
+
+def test_threads_wait_and_sleep_beside_each_other(durable: Durable) -> None:
+    """The first to suspend does not keep the others from their steps, waits and sleeps."""
+    suspended = threading.Event()
+
+    @durable.workflow
+    def job(step: Step) -> list[object]:
+        def approve() -> object:
+            try:
+                return step.wait("approval")
+            finally:
+                suspended.set()
+
+        def pause() -> object:
+            assert suspended.wait(60)
+            step("note", str)
+            return step.sleep("pause", 3600)
+
+        with ThreadPoolExecutor(2) as threads:
+            return [each.result() for each in (threads.submit(approve), threads.submit(pause))]
+
+    durable.submit("a", job)
+    durable.resume_pending()
+    info = durable.get("a")
+    assert set(info.waits_for) == {"approval", "pause"}
+    assert info.next_at is not None
+    assert [step.key for step in info.steps] == ["note"]
+    durable.signal("a", "approval", "yes")
+    pass_time(durable, timedelta(hours=1))
+    assert [outcome.result for outcome in durable.resume_pending()] == [["yes", None]]

@@ -19,8 +19,10 @@ from awaitly_postgres import (
     StoreUnavailable,
     Workflow,
     WorkflowCancelled,
+    WorkflowNotFound,
     postgres,
 )
+from awaitly_postgres.store import lease
 from tests.durable.test_interrupts import make_payments, pay
 from tests.support import Proxy, eventually
 
@@ -296,3 +298,88 @@ def test_a_transaction_that_writes_to_its_own_run_waits_for_no_lock_of_its_own(
         assert (outcome.status, outcome.result) == (
             ("completed", True) if what == "signal" else ("skipped", None)
         )
+
+
+def test_a_cancel_that_waited_for_a_start_revokes_its_lease(
+    durable: Durable, db: DB, url: str
+) -> None:
+    """The lease is newer than what the statement that marks the run can see."""
+
+    @durable.workflow
+    def job(step: Step) -> None: ...
+
+    durable.submit("a", job)
+    with psycopg.connect(url) as start, ThreadPoolExecutor(1) as threads:
+        start.execute("UPDATE awaitly_snapshots SET updated_at = now()")
+        cancelled = threads.submit(durable.cancel, "a")
+        eventually(lambda: db.execute("SELECT FROM pg_locks WHERE NOT granted").fetchall())
+        start.execute("INSERT INTO awaitly_workflow_lock VALUES ('a', 'h:1:x', 'infinity')")
+        start.commit()
+        assert cancelled.result(60) is True
+    assert durable.get("a").state == "cancelled"
+    assert db.execute("SELECT FROM awaitly_workflow_lock").fetchall() == []
+
+
+def test_a_submit_whose_run_is_gone_before_its_retry_stores_it_once(
+    connect: Callable[..., SnapshotStore], proxy: Proxy, durable: Durable, db: DB
+) -> None:
+    """The run has completed and was deleted in between; its outcome is looked up, not repeated."""
+    client = Durable(connect(), on_complete="delete")
+
+    @client.workflow
+    def job(step: Step) -> None: ...
+
+    db.execute(
+        "CREATE FUNCTION forget() RETURNS trigger LANGUAGE plpgsql AS "
+        "$$BEGIN DELETE FROM awaitly_snapshots; RETURN NULL; END$$"
+    )
+    durable.store.create_tables()
+    db.execute(
+        "CREATE CONSTRAINT TRIGGER forget AFTER INSERT ON awaitly_snapshots "
+        "DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION forget()"
+    )
+    proxy.lose("reply", 3)  # to the COMMIT
+    assert client.submit("a", job) is True
+    assert proxy.has_lost
+    assert not durable.has_state("a")
+
+
+def test_a_second_signal_is_told_so_although_its_first_try_was_lost(
+    connect: Callable[..., SnapshotStore], proxy: Proxy
+) -> None:
+    """A webhook is delivered twice; the request of the second is lost, and it is sent again."""
+    durable = Durable(connect())
+
+    @durable.workflow
+    def job(step: Step) -> str:
+        return step.wait("go")
+
+    durable.submit("a", job)
+    assert durable.signal("a", "go", 1) is True
+    proxy.lose("request", 1)
+    assert durable.signal("a", "go", 1) is False
+    assert proxy.has_lost
+
+
+def test_a_run_that_is_deleted_before_it_is_resumed_is_not_begun_anew(
+    durable: Durable, db: DB, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have completed and been deleted by another process since it was looked up."""
+    ran: list[str] = []
+
+    @durable.workflow
+    def job(step: Step) -> None:
+        step("work", ran.append, "work")
+
+    durable.submit("a", job)
+    acquire = lease.acquire
+
+    def late(*args: Any) -> Any:
+        db.execute("DELETE FROM awaitly_snapshots")
+        return acquire(*args)
+
+    monkeypatch.setattr(lease, "acquire", late)
+    with pytest.raises(WorkflowNotFound):
+        durable.resume("a")
+    assert ran == []
+    assert db.execute("SELECT FROM awaitly_workflow_lock").fetchall() == []

@@ -288,17 +288,13 @@ def test_a_map_inside_a_step_and_a_step_inside_a_map_are_refused() -> None:
             Workflow(work)()
 
 
-def test_what_an_item_returns_must_be_json() -> None:
-    """It ends the run, as for a single step, and no item is begun any more."""
-    ran: list[int] = []
-
-    def act(item: int) -> object:
-        ran.append(item)
-        return object()
-
+def test_an_item_whose_result_is_not_json_has_failed() -> None:
+    """The others are run and recorded all the same."""
+    run = Workflow(mapping(range(10), lambda item: item or object(), workers=2))
     with pytest.raises(NotSerializable, match=r"m\[0\]"):
-        Workflow(mapping(range(100), act, workers=1))()
-    assert ran == [0]
+        run()
+    steps = run.snapshot().steps
+    assert [steps[f"m[{item}]"].ok for item in range(10)] == [False, *[True] * 9]
 
 
 def test_each_item_reports_events_and_sees_the_callers_context() -> None:

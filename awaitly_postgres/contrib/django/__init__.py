@@ -141,7 +141,9 @@ class _DjangoPool(OwnPool):
 
     def refuse_to_run_here(self) -> None:
         """Raise inside a transaction of Django's: its rollback would undo what the steps wrote."""
-        for wrapper in connections.all(initialized_only=True):
+        for wrapper in {*connections.all(initialized_only=True), connections[self.using]}:
+            by_default = wrapper.settings_dict["AUTOCOMMIT"]
+            commits = by_default if wrapper.connection is None else wrapper.autocommit
             if wrapper.in_atomic_block:
                 raise RuntimeError(
                     f"a workflow cannot run inside transaction.atomic() on {wrapper.alias!r} (or "
@@ -149,6 +151,12 @@ class _DjangoPool(OwnPool):
                     "wrote is rolled back. Call submit(...) here and let "
                     "resume_workflows run it, or decorate the view with non_atomic_requests; test "
                     "it in a TransactionTestCase."
+                )
+            if not commits:
+                raise RuntimeError(
+                    f"a workflow cannot run while {wrapper.alias!r} does not autocommit: its steps "
+                    "would stay recorded when what they wrote is rolled back. Leave AUTOCOMMIT on "
+                    "in its settings, or call set_autocommit(True) first."
                 )
 
     def leave_thread(self) -> None:
