@@ -59,6 +59,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = chosen
 
 
+def pytest_collection_finish() -> None:
+    """Leave the tests themselves out of every garbage collection, of which the store makes some."""
+    gc.collect()
+    gc.freeze()
+
+
 # No test judges a time, not of a single example either.
 hypothesis.settings.register_profile("patient", deadline=None)
 hypothesis.settings.load_profile("patient")
