@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -48,15 +49,46 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# Where the tests are that take seconds each, and share little that each worker had to make.
+LONG = ("faults/test_faults.py", "test_examples.py")
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("--citus"):
-        return
+    if config.getoption("--citus"):
+        choose_for_citus(config, items)
+    if workers := getattr(config, "workerinput", {}).get("workercount"):
+        begin_with_long_ones(items, workers)
+
+
+def begin_with_long_ones(items: list[pytest.Item], workers: int) -> None:
+    """Have each worker of pytest-xdist begin with long tests: last, one would keep it up alone.
+
+    It is given as many in a row as any other, and may lose those at its end to one that is idle.
+    """
+    places = {HERE / place for place in LONG}
+    long = [item for item in items if item.path in places]
+    others = iter([item for item in items if item.path not in places])
+    count, items[:] = len(items), []
+    for nr in range(workers):
+        first = long[nr::workers]
+        share = (count - len(items)) // (workers - nr)
+        items += [*first, *islice(others, max(share - len(first), 0))]
+
+
+def choose_for_citus(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--postgres-url"):
         raise pytest.UsageError("--citus needs --postgres-url")
     places = (HERE / "durable", HERE / "store/test_lease.py")
     chosen = [item for item in items if any(item.path.is_relative_to(place) for place in places)]
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = chosen
+
+
+def pytest_collection_finish() -> None:
+    """Leave the tests themselves out of every garbage collection, of which the store makes some."""
+    gc.collect()
+    gc.freeze()
 
 
 # No test judges a time, not of a single example either.
@@ -129,18 +161,26 @@ def _embedded(isolation: str) -> Iterator[str]:
 READ_COMMITTED = r"-c default_transaction_isolation=read\ committed"
 
 
+@pytest.fixture(scope="session")
+def superuser(server: str) -> Iterator[psycopg.Connection]:
+    """The connection on which every test's schema is made and dropped."""
+    with psycopg.connect(server, autocommit=True) as conn:
+        yield conn
+
+
 @pytest.fixture
-def url(server: str, request: pytest.FixtureRequest) -> Iterator[str]:
+def url(
+    server: str, superuser: psycopg.Connection, request: pytest.FixtureRequest
+) -> Iterator[str]:
     """A conninfo whose search path is an empty schema of this test's own."""
     schema = f"test_{secrets.token_hex(6)}"
     pinned = READ_COMMITTED if request.node.get_closest_marker("read_committed") else ""
-    with psycopg.connect(server, autocommit=True) as admin:
-        admin.execute(f"CREATE SCHEMA {schema}")
-        url = make_conninfo(server, options=f"-c search_path={schema} {pinned}")
-        if request.config.getoption("--citus"):
-            distribute(url)
-        yield url
-        admin.execute(f"DROP SCHEMA {schema} CASCADE")
+    superuser.execute(f"CREATE SCHEMA {schema}")
+    url = make_conninfo(server, options=f"-c search_path={schema} {pinned}")
+    if request.config.getoption("--citus"):
+        distribute(url)
+    yield url
+    superuser.execute(f"DROP SCHEMA {schema} CASCADE")
 
 
 @pytest.fixture

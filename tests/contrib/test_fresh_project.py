@@ -270,7 +270,7 @@ class Project:
         done = subprocess.run(
             [sys.executable, "-W", "error::ResourceWarning", *words],
             cwd=self.folder,
-            env={**os.environ, "PYTHONPATH": ".", "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": "."},
             capture_output=True,
             text=True,
             timeout=120,

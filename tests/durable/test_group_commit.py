@@ -194,12 +194,13 @@ def test_an_outage_tells_every_thread_of_the_group(
     size: int,
 ) -> None:
     """None of them hangs, none is acknowledged, and the run stops with the outage."""
-    durable = Durable(connect(retry_for=0.5))
+    durable = Durable(connect())
     race = Race(url, db, durable, size)
     futures: list[Future[str]] = []
 
     def during(waiting: list[Future[str]]) -> None:
         futures.extend(waiting)
+        durable.store._db.retry_for = 0.1  # what follows is tried for so long
         proxy.cut()
 
     def work(step: Step) -> None:

@@ -37,7 +37,7 @@ NOT_OURS = {
 
 
 def expect_poison(field: Field) -> None:
-    field.setup = replace(field.setup, poison=True, roll_call=True)
+    field.setup = replace(field.setup, poison=True, idle=0.1, roll_call=True)
 
 
 def poison(field: Field) -> int:

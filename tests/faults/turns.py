@@ -63,8 +63,8 @@ def one_turn(durable: Durable, chance: random.Random) -> None:
     """Do one thing that a view or a cron job does. Only what an outage explains may be raised."""
     try:
         dice = chance.random()
-        # A slow run leaves little time to look for others.
-        resumes = 0.7 if workload.setup.slow else 0.2
+        # A slow run leaves little time to look for others, and poison is found only that way.
+        resumes = 0.7 if workload.setup.slow or workload.setup.poison else 0.2
         if dice < resumes:
             durable.resume_pending(limit=5)
         elif dice < resumes + 0.15:
@@ -128,7 +128,7 @@ def finish(durable: Durable) -> None:
                 return
         except StoreUnavailable:
             workload.notes.add("met", "StoreUnavailable")
-        time.sleep(0.05)
+        time.sleep(0.2)
 
 
 def left_over() -> None:
