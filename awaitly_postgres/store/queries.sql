@@ -795,13 +795,9 @@ LIMIT %(limit)s::bigint
 -- fragment: has_progressed -- if journal
 -- The journal is empty when a start begins (take_up folds it). So a step in it that succeeded means
 -- that the run has made progress since: neither its pause nor its count of starts applies any
--- more. A step that the snapshot has too was appended late, by a try whose reply was lost. The
--- aggregate makes the planner look up one run; EXISTS would hash the whole journal.
+-- more. The aggregate makes the planner look up one run; EXISTS would hash the whole journal.
 COALESCE(
-    (
-        SELECT bool_or(j.step->'ok' = 'true' AND NOT COALESCE(s.snapshot->'steps' ? j.key, false))
-        FROM {journal} j WHERE j.id = s.id GROUP BY j.id
-    ), false
+    (SELECT bool_or(j.step->'ok' = 'true') FROM {journal} j WHERE j.id = s.id GROUP BY j.id), false
 )
 
 -- fragment: has_progressed -- if no journal
