@@ -114,6 +114,6 @@ def read_time(text: object) -> datetime | None:
         return None
     try:
         time = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
+        return time.astimezone(timezone.utc) if time.tzinfo else None
+    except (ValueError, OverflowError):  # the latter: it is out of range in UTC
         return None
-    return time if time.tzinfo else None

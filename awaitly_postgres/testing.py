@@ -21,9 +21,10 @@ from attrs import define, field, frozen
 
 from . import _json
 from ._checks import read_time
+from .durable.admission import Found
 from .durable.durable import Durable
 from .durable.pending import Outcome
-from .errors import WorkflowError, WorkflowSuspended
+from .errors import SnapshotFormatError, WorkflowError, WorkflowSuspended
 from .snapshot import WorkflowSnapshot, as_mapping, timestamp
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
@@ -39,6 +40,7 @@ Place = tuple[str, str]  # when, and the key of the step
 _NAME = "crash_everywhere"  # of the workflow and its run, while it is tried
 BEFORE, WORKED, RECORDED = "before", "after the work of", "after the record of"
 _TIMES = ("waits", "sleeps", "deadlines")  # what a stored run has to wait for, by key
+_FIRST = datetime.min.replace(tzinfo=timezone.utc)
 _HASH_SEEDS = range(1, 4)
 
 
@@ -113,15 +115,19 @@ def pass_time(durable: Durable, time: timedelta) -> None:
         if info.status == "completed":
             continue
         key = {"id": store.prefix + info.id}
-        for text, _, seen, *_ in store._db.rows(store._sql.read_for_resume, key):
-            metadata = as_mapping(_json.loads(text).get("metadata"))
+        for row in store._db.rows(store._sql.read_for_resume, key):
+            try:
+                found = Found.of(info.id, row)
+            except SnapshotFormatError:
+                continue  # nothing can resume it
+            metadata = found.snapshot.metadata or {}
             times: dict[str, Any] = _closer({"wakeAt": metadata.get("wakeAt")}, time)
             for name in _TIMES:
                 ends = as_mapping(metadata.get(name))
                 if closer := _closer(ends, time):
                     times[name] = {**ends, **closer}
             if "workflow" in metadata and times:
-                params = {**key, "seen": seen, "times": _json.dumps(times)}
+                params = {**key, "seen": found.written_at, "times": _json.dumps(times)}
                 store._db.count(store._sql.move_times, params)
 
 
@@ -136,7 +142,8 @@ def drain(durable: Durable) -> list[Outcome]:
 def _closer(ends: Mapping[str, Any], time: timedelta) -> dict[str, str]:
     moments = {name: read_time(end) for name, end in ends.items()}
     return {
-        name: timestamp(moment - time)
+        # A time that would be before the year 1 has come long ago, wherever it is moved to.
+        name: timestamp(moment - min(time, moment - _FIRST))
         for name, moment in moments.items()
         if moment is not None and moment.year < MAXYEAR  # which stands for never
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
@@ -18,6 +18,7 @@ from awaitly_postgres import (
     DuplicateStepKey,
     Durable,
     RunInfo,
+    SnapshotFormatError,
     SnapshotStore,
     Step,
     StepFailed,
@@ -30,6 +31,7 @@ from awaitly_postgres import (
 from awaitly_postgres.codecs import CattrsCodec
 from awaitly_postgres.store import statements
 from awaitly_postgres.store.rows import STATES
+from awaitly_postgres.testing import pass_time
 from tests.support import ROOT, sorts_incrementally
 
 DB = psycopg.Connection
@@ -347,3 +349,45 @@ def test_a_time_is_told_in_utc(orders: Durable) -> None:
     """Aware, whatever the session's time zone."""
     assert seen(orders, "done").updated_at.tzinfo == timezone.utc
     assert seen(orders, "done").updated_at <= datetime.now(timezone.utc).replace(year=9999)
+
+
+HUGE, TOO_LONG = (
+    "1" + "0" * 400,
+    "9" * 5000,
+)  # no float is as large; Python reads no integer as long
+SET = "UPDATE awaitly_snapshots SET snapshot = {} WHERE id = 'odd'"
+EDITS = {
+    "document": SET.format("%s::jsonb"),
+    "metadata": SET.format(
+        "jsonb_set(snapshot, '{metadata}', (snapshot->'metadata') || %s::jsonb)"
+    ),
+    "journal": "INSERT INTO awaitly_snapshots_steps VALUES ('odd', 'a', %s::jsonb)",
+}
+ODD = [
+    *(("document", text) for text in ("1", '"s"', "[]", "null", "{}")),
+    ("metadata", f'{{"version": {HUGE}, "attempts": {HUGE}.5}}'),
+    ("metadata", f'{{"attempts": {TOO_LONG}}}'),
+    ("metadata", f'{{"custom": {"[" * 3000}{"]" * 3000}}}'),
+    ("metadata", '{"wakeAt": "0001-01-01T00:00:00+14:00"}'),
+    ("metadata", '{"wakeAt": "0001-01-01T00:00:00+00:00"}'),
+    *(("journal", text) for text in ("1", '"s"', "[]", "null", "true")),
+    ("journal", f'{{"ok": true, "meta": {{"map": "m", "of": {HUGE}, "durationMs": {HUGE}.5}}}}'),
+    ("journal", f'{{"ok": true, "meta": {{"map": "m", "of": {TOO_LONG}}}}}'),
+]
+
+
+@pytest.mark.parametrize(("where", "what"), ODD, ids=range(len(ODD)))
+def test_one_odd_row_ends_no_listing(durable: Durable, db: DB, where: str, what: str) -> None:
+    """It is listed among the others, and reading it alone is at most a typed error."""
+
+    @durable.workflow
+    def work(step: Step) -> None: ...
+
+    for id in ("odd", "good"):
+        durable.submit(id, work)
+    db.execute(EDITS[where], (what,))
+    assert {info.id for info in durable.list()} == {"odd", "good"}
+    for look in (durable.get, lambda id: durable.result(id, timeout=0)):
+        with suppress(SnapshotFormatError, TimeoutError):
+            look("odd")
+    pass_time(durable, timedelta(days=1))
