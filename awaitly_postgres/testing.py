@@ -132,11 +132,25 @@ def pass_time(durable: Durable, time: timedelta) -> None:
 
 
 def drain(durable: Durable) -> list[Outcome]:
-    """Call `Durable.resume_pending` until nothing is due any more; return all outcomes."""
-    outcomes = new = durable.resume_pending()
-    while any(outcome.status != "skipped" for outcome in new):
-        outcomes += (new := durable.resume_pending())
-    return outcomes
+    """Call `Durable.resume_pending` until nothing is due any more; return all outcomes.
+
+    A run that can never start, because its row is malformed, stays due. It is returned once.
+    """
+    outcomes: list[Outcome] = []
+    told: set[tuple[str, str]] = set()
+    while True:
+        new = [each for each in durable.resume_pending() if _final(each) not in told]
+        outcomes += new
+        told.update(filter(None, map(_final, new)))
+        if all(outcome.status == "skipped" for outcome in new):
+            return outcomes
+
+
+def _final(outcome: Outcome) -> tuple[str, str] | None:
+    """Return the id and the error of a failure that is not retried, None for other outcomes."""
+    if outcome.status != "failed" or outcome.retry_at is not None:
+        return None
+    return outcome.id, repr(outcome.error)
 
 
 def _closer(ends: Mapping[str, Any], time: timedelta) -> dict[str, str]:

@@ -258,3 +258,27 @@ def test_drain_goes_on_until_nothing_is_due(durable: Durable) -> None:
         durable.submit(f"parent-{nr}", parent, nr)
     outcomes = drain(durable)
     assert (len(outcomes), {outcome.status for outcome in outcomes}) == (202, {"completed"})
+
+
+def test_drain_ends_although_a_run_can_never_start(
+    durable: Durable, db: psycopg.Connection
+) -> None:
+    """Its row was written by a later version, say; it is returned once, and what is due is run."""
+
+    @durable.workflow
+    def parent(step: Step) -> None:
+        step("submit", durable.submit, "child", child)
+
+    @durable.workflow
+    def child(step: Step) -> None:
+        step("a", str)
+
+    durable.submit("odd", child)
+    db.execute("""UPDATE awaitly_snapshots SET snapshot = snapshot || '{"formatVersion": 2}'""")
+    durable.submit("parent", parent)
+    outcomes = drain(durable)
+    assert sorted((outcome.id, outcome.status) for outcome in outcomes) == [
+        ("child", "completed"),
+        ("odd", "failed"),
+        ("parent", "completed"),
+    ]
