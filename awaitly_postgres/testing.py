@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import MAXYEAR, datetime, timedelta, timezone
 from functools import partial
 from itertools import zip_longest
@@ -24,7 +24,8 @@ from ._checks import read_time
 from .durable.admission import Found
 from .durable.durable import Durable
 from .durable.pending import Outcome
-from .errors import SnapshotFormatError, WorkflowError, WorkflowSuspended
+from .durable.registry import Registry
+from .errors import NotSerializable, SnapshotFormatError, WorkflowError, WorkflowSuspended
 from .snapshot import WorkflowSnapshot, as_mapping, timestamp
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
@@ -80,6 +81,9 @@ def crash_everywhere(
             message names the place. Either the code between the steps is not deterministic (a
             clock, a random number, the order of a set), or the body of a step cannot be repeated.
         ValueError: the workflow waits for a signal that was not given.
+        TypeError: the workflow does not take these arguments.
+        AwaitlyError: the workflow cannot run at all: it uses a key twice, or a step inside a step,
+            or ``step.transaction`` without ``conn=``, or a result is not JSON.
 
     Example:
         >>> def order(step, id):
@@ -88,6 +92,7 @@ def crash_everywhere(
         >>> crash_everywhere(order, "123")
         {'charge': 8, 'ship': 8}
     """
+    Registry().of(workflow).check_call(args, kwargs)
     trial = _Trial(partial(workflow, **kwargs), args, signals or {}, conn, codec)
     whole = trial.carry_out(None)
     for place in trial.places:
@@ -137,29 +142,21 @@ def drain(durable: Durable) -> list[Outcome]:
     A run that can never start, because its row is malformed, stays due. It is returned once.
     """
     outcomes: list[Outcome] = []
-    told: set[tuple[str, str]] = set()
+    for_good: set[str] = set()
     while True:
-        new = [each for each in durable.resume_pending() if _final(each) not in told]
+        new = [each for each in durable.resume_pending() if repr(each) not in for_good]
+        for_good |= {repr(each) for each in new if each.status == "failed" and not each.retry_at}
         outcomes += new
-        told.update(filter(None, map(_final, new)))
         if all(outcome.status == "skipped" for outcome in new):
             return outcomes
 
 
-def _final(outcome: Outcome) -> tuple[str, str] | None:
-    """Return the id and the error of a failure that is not retried, None for other outcomes."""
-    if outcome.status != "failed" or outcome.retry_at is not None:
-        return None
-    return outcome.id, repr(outcome.error)
-
-
 def _closer(ends: Mapping[str, Any], time: timedelta) -> dict[str, str]:
-    moments = {name: read_time(end) for name, end in ends.items()}
     return {
         # A time that would be before the year 1 has come long ago, wherever it is moved to.
         name: timestamp(moment - min(time, moment - _FIRST))
-        for name, moment in moments.items()
-        if moment is not None and moment.year < MAXYEAR  # which stands for never
+        for name, end in ends.items()
+        if (moment := read_time(end)) and moment.year < MAXYEAR  # which stands for never
     }
 
 
@@ -212,10 +209,14 @@ class _Trial:
             except _Crash:
                 stored = snapshot_of(run, stored, "running", {})
             except Exception as error:
-                if not isinstance(error, WorkflowSuspended) or error is not run.interruption:
+                ours = error is run.interruption
+                if ours and isinstance(error, WorkflowSuspended):
+                    self._wait_for(run.history)
+                    stored = snapshot_of(run, stored, "running", {}, suspended=True)
+                elif ours and self.is_whole:
+                    raise  # a refusal would be the outcome of every run, and they would all agree
+                else:
                     return self._end_of(run, stored, error, None)
-                self._wait_for(run.history)
-                stored = snapshot_of(run, stored, "running", {}, suspended=True)
             else:
                 return self._end_of(run, stored, None, output)
             finally:
@@ -233,11 +234,7 @@ class _Trial:
         self.now = max(self.now, min(ends))
 
     def _end_of(
-        self,
-        run: Run,
-        stored: WorkflowSnapshot | None,
-        error: Exception | None,
-        output: str | None,
+        self, run: Run, stored: WorkflowSnapshot | None, error: Exception | None, output: str | None
     ) -> _End:
         done = snapshot_of(run, stored, "failed" if error else "completed", {})
         steps = done.to_json()["steps"]
@@ -297,15 +294,6 @@ class _Trial:
         result: T = value
         return result
 
-    @contextmanager
-    def transaction(self) -> Iterator[Any]:
-        if self.conn is None:
-            raise WorkflowError(
-                "step.transaction needs a database: pass crash_everywhere(conn=...)"
-            )
-        with self.lock, self.conn.transaction():
-            yield self.conn
-
 
 @define(eq=False)
 class _CrashingRun(Run):
@@ -317,12 +305,16 @@ class _CrashingRun(Run):
         return super().execute(key, fn, lambda: self.trial.work(key, call), *how)
 
     def step_transaction(self, key: str, fn: Callable[..., T], call: Callable[[Any], T]) -> T:
+        if (conn := self.trial.conn) is None:
+            raise self._interrupt(
+                WorkflowError("step.transaction needs a database: pass crash_everywhere(conn=...)")
+            )
         recorded = self._ask(key)
         if recorded is not None:
             return self.replay(key, fn, recorded)
 
         def body() -> T:
-            with self.trial.transaction() as conn:  # a crash after the work rolls it back
+            with self.trial.lock, conn.transaction():  # a crash after the work rolls it back
                 return self.trial.work(key, lambda: call(conn))
 
         return super().execute(key, fn, body, self.is_own_thread())
@@ -344,7 +336,11 @@ class _CrashingRun(Run):
 
 def _output(run: Run, workflow: Callable[..., object], args: Sequence[Any]) -> str:
     result = run.run(lambda: workflow(Step(run), *args))
-    return encode(run.codec, result, "the output of the workflow")
+    try:
+        return encode(run.codec, result, "the output of the workflow")
+    except NotSerializable as error:
+        run.stop(error)
+        raise
 
 
 def _read_back(stored: WorkflowSnapshot) -> History:
