@@ -255,6 +255,15 @@ def check_state(state: str | None) -> str | None:
     return state
 
 
+def page_after(after: SnapshotInfo | RunInfo | None, prefix: str) -> dict[str, str]:
+    """Return the parameters of a listing that goes on after this entry; None: from the start."""
+    if after is None:
+        return {}
+    if not isinstance(after, (SnapshotInfo, RunInfo)):
+        raise TypeError(f"after must be the last entry of the previous page, not {after!r:.80}")
+    return {"after_time": after.updated_at.isoformat(), "after_id": prefix + after.id}
+
+
 def steps_of(snapshot: WorkflowSnapshot) -> list[StepInfo]:
     """Return the steps in the order in which they began; those without a start time come last."""
     steps = [StepInfo.from_json(*item) for item in snapshot.to_json()["steps"].items()]

@@ -262,6 +262,46 @@ def test_a_result_that_never_comes_is_an_error(
         orders.result(id, timeout=0)
 
 
+@pytest.mark.parametrize(
+    ("id", "timeout", "error", "message"),
+    [
+        ("", 0, ValueError, "id must not be empty"),
+        ("a\0b", 0, ValueError, "NUL"),
+        ("x" * 1001, 0, ValueError, "1,000 is the limit"),
+        (7, 0, TypeError, "id must be a string, not int"),
+        ("held", float("nan"), ValueError, "timeout must be from 0"),
+        ("held", -1, ValueError, "timeout must be from 0"),
+        ("held", "1", TypeError, "timeout must be in seconds or a timedelta, not str"),
+    ],
+)
+def test_a_result_is_not_waited_for_with_wrong_arguments(
+    orders: Durable, id: Any, timeout: Any, error: type[Exception], message: str
+) -> None:
+    """A timeout that is no number would never be over; `get` checks the id as well."""
+    with pytest.raises(error, match=message):
+        orders.result(id, timeout=timeout)
+    if id != "held":
+        with pytest.raises(error, match=message):
+            orders.get(id)
+
+
+def test_the_timeout_of_a_result_may_be_a_timedelta(orders: Durable) -> None:
+    """As everywhere else."""
+    with pytest.raises(TimeoutError, match=r"within 0\.001 s: it is running"):
+        orders.result("held", timeout=timedelta(milliseconds=1))
+
+
+@pytest.mark.parametrize("listing", ["durable.list", "store.list", "store.pending"])
+def test_a_page_begins_after_an_entry_only(orders: Durable, listing: str) -> None:
+    """An id does not tell the place in the listing; a limit has to fit the server's integers."""
+    owner, name = listing.split(".")
+    look = getattr({"durable": orders, "store": orders.store}[owner], name)
+    with pytest.raises(TypeError, match="after must be the last entry of the previous page"):
+        look(after="held")
+    with pytest.raises(ValueError, match=r"limit must be a positive integer below 2\*\*63"):
+        look(limit=2**63)
+
+
 def test_a_misuse_is_told_with_its_place_in_the_code(durable: Durable) -> None:
     """To whoever calls it, and to whoever looks at the stored run."""
 
