@@ -62,10 +62,14 @@ def check_status(status: str | None) -> str | None:
     return status
 
 
-def check_ttl(ttl: float) -> float:
+def check_ttl(ttl: float, name: str = "ttl") -> float:
     """Return ``ttl``, in seconds, if it is positive and below 10**9, else raise ValueError."""
-    if not 0 < ttl < 10**9:
-        raise ValueError(f"ttl must be more than 0 and less than 10**9 seconds, not {ttl!r}")
+    try:
+        fits = 0 < ttl < 10**9
+    except TypeError:
+        raise TypeError(f"{name} must be in seconds, not {type(ttl).__name__}") from None
+    if not fits:
+        raise ValueError(f"{name} must be more than 0 and less than 10**9 seconds, not {ttl!r}")
     return float(ttl)
 
 
