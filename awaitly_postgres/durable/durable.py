@@ -208,5 +208,5 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
                 f"run({id!r}) starts at once, without delay: use submit() with delay= or at="
             )
         entry = self._workflows.of(fn)
-        session = Session(self, id, entry, entry.encode_call(self.codec, args, kwargs))
+        session = Session(self, id, entry, entry.encode_call(id, self.codec, args, kwargs))
         return typing.cast(T, session.start())

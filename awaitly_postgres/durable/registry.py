@@ -41,19 +41,19 @@ class Entry:
         return default if isinstance(own, EllipsisType) else own
 
     def encode_call(
-        self, codec: Codec | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, id: str, codec: Codec | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> str:
         """Return the arguments as JSON text; raise TypeError if the function does not take them."""
-        self.check_call(args, kwargs)
-        return encode(codec, {"args": list(args), "kwargs": dict(kwargs)}, "the input")
+        self.check_call(args, kwargs, f", run {id!r}")
+        return encode(codec, {"args": list(args), "kwargs": dict(kwargs)}, f"the input of {id!r}")
 
-    def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], of: str = "") -> None:
         """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:
             try:
                 signature.bind(None, *args, **kwargs)  # None stands for the step
             except TypeError as error:
-                raise TypeError(f"workflow {self.name!r}: {error}") from None
+                raise TypeError(f"workflow {self.name!r}{of}: {error}") from None
 
     def check_function(self) -> None:
         """Raise TypeError if the function cannot be a workflow."""

@@ -128,3 +128,28 @@ def test_any_function_that_takes_a_step_is_a_workflow(durable: Durable) -> None:
         ]
     ):
         assert durable.workflow(name=f"w{nr}")(fn) is fn
+
+
+@pytest.mark.parametrize("call", ["run", "submit", "submit_many"])
+@pytest.mark.parametrize(
+    ("args", "error", "message"),
+    [
+        ((), TypeError, "workflow 'mail', run 'mail-7': missing a required argument: 'to'"),
+        ((object(),), NotSerializable, r"the input of 'mail-7': \$.args\[0\] cannot be stored"),
+    ],
+)
+def test_arguments_are_refused_by_the_id_of_the_run(
+    durable: Durable, call: str, args: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
+    """Of ten thousand, one has to be found."""
+
+    @durable.workflow
+    def mail(step: Step, to: str) -> None: ...
+
+    calls: dict[str, Callable[[], object]] = {
+        "run": lambda: durable.run("mail-7", mail, *args),
+        "submit": lambda: durable.submit("mail-7", mail, *args),
+        "submit_many": lambda: durable.submit_many(mail, {"mail-6": ("ada",), "mail-7": args}),
+    }
+    with pytest.raises(error, match=message):
+        calls[call]()
