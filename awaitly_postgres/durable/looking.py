@@ -10,7 +10,6 @@ from typing import Any
 
 from attrs import evolve
 
-from .. import _json
 from .._checks import check_limit, check_seconds
 from ..errors import WorkflowCancelled, WorkflowError, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot
@@ -28,7 +27,7 @@ from ..store.rows import (
 )
 from ..workflow import failure as _failure
 from ..workflow.codec import decode
-from .options import Options
+from .options import Options, check_metadata
 
 RunInfos = list[RunInfo]  # inside Durable, ``list`` is a method
 
@@ -97,20 +96,21 @@ class Looking(Options):
             prefix: only ids that start with exactly this.
             workflow: only runs of the workflow with this name.
             state: only runs in this state, one of the states of `RunInfo`.
-            metadata: only runs whose metadata contains this, as JSONB's ``@>`` does.
+            metadata: only runs whose metadata contains this, as JSONB's ``@>`` does. All contain
+                the empty mapping.
             limit: at most this many.
             after: the last entry of the previous page; None starts with the newest run.
 
         Raises:
             ValueError: the state is unknown, or the limit is not positive.
-            TypeError: ``after`` is not an entry of a listing.
+            TypeError: ``after`` is not an entry of a listing; the metadata is not a mapping.
         """
         store = self.store
         unfinished = state is not None and state != "completed"
         params = {
             **store._range(prefix),
             "workflow": workflow,
-            "metadata": None if metadata is None else _json.dumps(dict(metadata)),
+            "metadata": None if metadata in (None, {}) else check_metadata(metadata),
             "state": check_state(state),
             "unfinished": unfinished or None,
             "limit": check_limit(limit),

@@ -208,6 +208,17 @@ def test_metadata_of_the_user_are_kept_apart(store: SnapshotStore, db: DB) -> No
     assert durable.list(metadata={"tenant": "other"}) == []
 
 
+def test_empty_metadata_are_contained_in_any(store: SnapshotStore) -> None:
+    """In those of a run without any as well; what is no mapping is not taken for empty."""
+    durable = Durable(store)
+    durable.run("plain", lambda step: 1)
+    durable.with_options(metadata={"a": 1}).run("tagged", lambda step: 1)
+    assert [info.id for info in durable.list(metadata={})] == ["tagged", "plain"]
+    for wrong in ([], 5, "", [("a", 1)]):
+        with pytest.raises(TypeError, match="metadata must be a mapping"):
+            durable.list(metadata=wrong)  # type: ignore[arg-type]
+
+
 def test_metadata_of_version_0_1_are_told(store: SnapshotStore, durable: Durable, db: DB) -> None:
     """They stand among what the library writes."""
     durable.run("a", lambda step: 1)
