@@ -49,9 +49,9 @@ def check_id(id: object, what: str = "id", room: int = 0) -> str:
 
 
 def check_limit(limit: int, name: str = "limit") -> int:
-    """Return ``limit`` if it is a positive integer, else raise ValueError."""
-    if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
-        raise ValueError(f"{name} must be a positive integer, not {limit!r}")
+    """Return ``limit`` if it is a positive integer of 64 bits, else raise ValueError."""
+    if not isinstance(limit, int) or isinstance(limit, bool) or not 0 < limit < 2**63:
+        raise ValueError(f"{name} must be a positive integer below 2**63, not {limit!r}")
     return limit
 
 
@@ -62,17 +62,26 @@ def check_status(status: str | None) -> str | None:
     return status
 
 
-def check_ttl(ttl: float) -> float:
+def check_ttl(ttl: float, name: str = "ttl") -> float:
     """Return ``ttl``, in seconds, if it is positive and below 10**9, else raise ValueError."""
-    if not 0 < ttl < 10**9:
-        raise ValueError(f"ttl must be more than 0 and less than 10**9 seconds, not {ttl!r}")
+    try:
+        fits = 0 < ttl < 10**9
+    except TypeError:
+        raise TypeError(f"{name} must be in seconds, not {type(ttl).__name__}") from None
+    if not fits:
+        raise ValueError(f"{name} must be more than 0 and less than 10**9 seconds, not {ttl!r}")
     return float(ttl)
 
 
 def check_seconds(duration: float | timedelta, name: str = "duration") -> float:
     """Return a duration in seconds if it is at least 0 and below 10**9, else raise ValueError."""
     seconds = duration.total_seconds() if isinstance(duration, timedelta) else duration
-    if isinstance(seconds, bool) or not 0 <= seconds < 10**9:
+    try:
+        fits = not isinstance(seconds, bool) and 0 <= seconds < 10**9
+    except TypeError:
+        kind = type(seconds).__name__
+        raise TypeError(f"{name} must be in seconds or a timedelta, not {kind}") from None
+    if not fits:
         raise ValueError(f"{name} must be from 0 to less than 10**9 seconds, not {duration!r}")
     return float(seconds)
 
@@ -114,6 +123,6 @@ def read_time(text: object) -> datetime | None:
         return None
     try:
         time = datetime.fromisoformat(text.replace("Z", "+00:00"))
-    except ValueError:
+        return time.astimezone(timezone.utc) if time.tzinfo else None
+    except (ValueError, OverflowError):  # the latter: it is out of range in UTC
         return None
-    return time if time.tzinfo else None

@@ -9,8 +9,8 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from datetime import MAXYEAR, datetime, timedelta, timezone
 from functools import partial
 from itertools import zip_longest
@@ -21,9 +21,11 @@ from attrs import define, field, frozen
 
 from . import _json
 from ._checks import read_time
+from .durable.admission import Found
 from .durable.durable import Durable
 from .durable.pending import Outcome
-from .errors import WorkflowError, WorkflowSuspended
+from .durable.registry import Registry
+from .errors import NotSerializable, SnapshotFormatError, WorkflowError, WorkflowSuspended
 from .snapshot import WorkflowSnapshot, as_mapping, timestamp
 from .workflow.codec import Codec, encode
 from .workflow.event import EventType
@@ -39,6 +41,7 @@ Place = tuple[str, str]  # when, and the key of the step
 _NAME = "crash_everywhere"  # of the workflow and its run, while it is tried
 BEFORE, WORKED, RECORDED = "before", "after the work of", "after the record of"
 _TIMES = ("waits", "sleeps", "deadlines")  # what a stored run has to wait for, by key
+_FIRST = datetime.min.replace(tzinfo=timezone.utc)
 _HASH_SEEDS = range(1, 4)
 
 
@@ -78,6 +81,9 @@ def crash_everywhere(
             message names the place. Either the code between the steps is not deterministic (a
             clock, a random number, the order of a set), or the body of a step cannot be repeated.
         ValueError: the workflow waits for a signal that was not given.
+        TypeError: the workflow does not take these arguments.
+        AwaitlyError: the workflow cannot run at all: it uses a key twice, or a step inside a step,
+            or ``step.transaction`` without ``conn=``, or a result is not JSON.
 
     Example:
         >>> def order(step, id):
@@ -86,6 +92,7 @@ def crash_everywhere(
         >>> crash_everywhere(order, "123")
         {'charge': 8, 'ship': 8}
     """
+    Registry().of(workflow).check_call(args, kwargs)
     trial = _Trial(partial(workflow, **kwargs), args, signals or {}, conn, codec)
     whole = trial.carry_out(None)
     for place in trial.places:
@@ -113,32 +120,43 @@ def pass_time(durable: Durable, time: timedelta) -> None:
         if info.status == "completed":
             continue
         key = {"id": store.prefix + info.id}
-        for text, _, seen, *_ in store._db.rows(store._sql.read_for_resume, key):
-            metadata = as_mapping(_json.loads(text).get("metadata"))
+        for row in store._db.rows(store._sql.read_for_resume, key):
+            try:
+                found = Found.of(info.id, row)
+            except SnapshotFormatError:
+                continue  # nothing can resume it
+            metadata = found.snapshot.metadata or {}
             times: dict[str, Any] = _closer({"wakeAt": metadata.get("wakeAt")}, time)
             for name in _TIMES:
                 ends = as_mapping(metadata.get(name))
                 if closer := _closer(ends, time):
                     times[name] = {**ends, **closer}
             if "workflow" in metadata and times:
-                params = {**key, "seen": seen, "times": _json.dumps(times)}
+                params = {**key, "seen": found.written_at, "times": _json.dumps(times)}
                 store._db.count(store._sql.move_times, params)
 
 
 def drain(durable: Durable) -> list[Outcome]:
-    """Call `Durable.resume_pending` until nothing is due any more; return all outcomes."""
-    outcomes = new = durable.resume_pending()
-    while any(outcome.status != "skipped" for outcome in new):
-        outcomes += (new := durable.resume_pending())
-    return outcomes
+    """Call `Durable.resume_pending` until nothing is due any more; return all outcomes.
+
+    A run that can never start, because its row is malformed, stays due. It is returned once.
+    """
+    outcomes: list[Outcome] = []
+    for_good: set[str] = set()
+    while True:
+        new = [each for each in durable.resume_pending() if repr(each) not in for_good]
+        for_good |= {repr(each) for each in new if each.status == "failed" and not each.retry_at}
+        outcomes += new
+        if all(outcome.status == "skipped" for outcome in new):
+            return outcomes
 
 
 def _closer(ends: Mapping[str, Any], time: timedelta) -> dict[str, str]:
-    moments = {name: read_time(end) for name, end in ends.items()}
     return {
-        name: timestamp(moment - time)
-        for name, moment in moments.items()
-        if moment is not None and moment.year < MAXYEAR  # which stands for never
+        # A time that would be before the year 1 has come long ago, wherever it is moved to.
+        name: timestamp(moment - min(time, moment - _FIRST))
+        for name, end in ends.items()
+        if (moment := read_time(end)) and moment.year < MAXYEAR  # which stands for never
     }
 
 
@@ -191,10 +209,14 @@ class _Trial:
             except _Crash:
                 stored = snapshot_of(run, stored, "running", {})
             except Exception as error:
-                if not isinstance(error, WorkflowSuspended) or not run.is_interruption(error):
+                ours = run.is_interruption(error)
+                if ours and isinstance(error, WorkflowSuspended):
+                    self._wait_for(run.history)
+                    stored = snapshot_of(run, stored, "running", {}, suspended=True)
+                elif ours and self.is_whole:
+                    raise  # a refusal would be the outcome of every run, and they would all agree
+                else:
                     return self._end_of(run, stored, error, None)
-                self._wait_for(run.history)
-                stored = snapshot_of(run, stored, "running", {}, suspended=True)
             else:
                 return self._end_of(run, stored, None, output)
             finally:
@@ -212,11 +234,7 @@ class _Trial:
         self.now = max(self.now, min(ends))
 
     def _end_of(
-        self,
-        run: Run,
-        stored: WorkflowSnapshot | None,
-        error: Exception | None,
-        output: str | None,
+        self, run: Run, stored: WorkflowSnapshot | None, error: Exception | None, output: str | None
     ) -> _End:
         done = snapshot_of(run, stored, "failed" if error else "completed", {})
         steps = done.to_json()["steps"]
@@ -276,15 +294,6 @@ class _Trial:
         result: T = value
         return result
 
-    @contextmanager
-    def transaction(self) -> Iterator[Any]:
-        if self.conn is None:
-            raise WorkflowError(
-                "step.transaction needs a database: pass crash_everywhere(conn=...)"
-            )
-        with self.lock, self.conn.transaction():
-            yield self.conn
-
 
 @define(eq=False)
 class _CrashingRun(Run):
@@ -296,12 +305,16 @@ class _CrashingRun(Run):
         return super().execute(key, fn, lambda: self.trial.work(key, call), *how)
 
     def step_transaction(self, key: str, fn: Callable[..., T], call: Callable[[Any], T]) -> T:
+        if (conn := self.trial.conn) is None:
+            raise self._interrupt(
+                WorkflowError("step.transaction needs a database: pass crash_everywhere(conn=...)")
+            )
         recorded = self._ask(key)
         if recorded is not None:
             return self.replay(key, fn, recorded)
 
         def body() -> T:
-            with self.trial.transaction() as conn:  # a crash after the work rolls it back
+            with self.trial.lock, conn.transaction():  # a crash after the work rolls it back
                 return self.trial.work(key, lambda: call(conn))
 
         return super().execute(key, fn, body, self.is_own_thread())
@@ -323,7 +336,11 @@ class _CrashingRun(Run):
 
 def _output(run: Run, workflow: Callable[..., object], args: Sequence[Any]) -> str:
     result = run.run(lambda: workflow(Step(run), *args))
-    return encode(run.codec, result, "the output of the workflow")
+    try:
+        return encode(run.codec, result, "the output of the workflow")
+    except NotSerializable as error:
+        run.stop(error)
+        raise
 
 
 def _read_back(stored: WorkflowSnapshot) -> History:

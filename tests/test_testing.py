@@ -6,13 +6,23 @@ import random
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
 import psycopg
 import pytest
 
-from awaitly_postgres import Durable, SnapshotStore, Step, WaitTimedOut, WorkflowSuspended
+from awaitly_postgres import (
+    DuplicateStepKey,
+    Durable,
+    NotSerializable,
+    SnapshotStore,
+    Step,
+    WaitTimedOut,
+    WorkflowError,
+    WorkflowSuspended,
+)
 from awaitly_postgres.testing import crash_everywhere, drain, pass_time
 
 
@@ -179,6 +189,68 @@ def test_a_workflow_may_handle_failures_and_fail() -> None:
     assert crash_everywhere(work).keys() == {"first", "second", "third"}
 
 
+def transfer(step: Step) -> None:
+    step("look", str)
+    step.transaction("book", lambda conn: None)
+
+
+def transfer_in_a_try(step: Step) -> None:
+    with suppress(Exception):
+        step.transaction("book", lambda conn: None)
+
+
+def returns_an_object(step: Step) -> object:
+    return object()
+
+
+def returns_an_object_in_a_step(step: Step) -> None:
+    step("a", object)
+
+
+def uses_a_key_twice(step: Step) -> None:
+    step("a", str)
+    step("a", int)
+
+
+def step_in_a_step(step: Step) -> None:
+    step("a", lambda: step("b", str))
+
+
+def needs_an_argument(step: Step, to: str) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("workflow", "error", "message"),
+    [
+        (transfer, WorkflowError, r"pass crash_everywhere\(conn=...\)"),
+        (transfer_in_a_try, WorkflowError, r"pass crash_everywhere\(conn=...\)"),
+        (returns_an_object, NotSerializable, "the output of the workflow"),
+        (returns_an_object_in_a_step, NotSerializable, "the result of step 'a'"),
+        (uses_a_key_twice, DuplicateStepKey, "'a' twice"),
+        (step_in_a_step, WorkflowError, "called inside step 'a'"),
+        (needs_an_argument, TypeError, "missing a required argument: 'to'"),
+    ],
+)
+def test_a_workflow_that_cannot_run_is_refused(
+    workflow: Callable[..., Any], error: type[Exception], message: str
+) -> None:
+    """Else it would fail in the same way after each crash, which looks like success."""
+    with pytest.raises(error, match=message):
+        crash_everywhere(workflow)
+
+
+def test_a_result_that_is_not_json_after_a_crash_is_found() -> None:
+    """The message names the place, as for any other difference."""
+    results = iter([1, object()])
+
+    def work(step: Step) -> object:
+        step("a", str)
+        return next(results)
+
+    with pytest.raises(AssertionError, match="before step 'a', the workflow raises NotSerial"):
+        crash_everywhere(work)
+
+
 # -- pass_time and drain -------------------------------------------------------------------
 
 
@@ -258,3 +330,27 @@ def test_drain_goes_on_until_nothing_is_due(durable: Durable) -> None:
         durable.submit(f"parent-{nr}", parent, nr)
     outcomes = drain(durable)
     assert (len(outcomes), {outcome.status for outcome in outcomes}) == (202, {"completed"})
+
+
+def test_drain_ends_although_a_run_can_never_start(
+    durable: Durable, db: psycopg.Connection
+) -> None:
+    """Its row was written by a later version, say; it is returned once, and what is due is run."""
+
+    @durable.workflow
+    def parent(step: Step) -> None:
+        step("submit", durable.submit, "child", child)
+
+    @durable.workflow
+    def child(step: Step) -> None:
+        step("a", str)
+
+    durable.submit("odd", child)
+    db.execute("""UPDATE awaitly_snapshots SET snapshot = snapshot || '{"formatVersion": 2}'""")
+    durable.submit("parent", parent)
+    outcomes = drain(durable)
+    assert sorted((outcome.id, outcome.status) for outcome in outcomes) == [
+        ("child", "completed"),
+        ("odd", "failed"),
+        ("parent", "completed"),
+    ]

@@ -14,13 +14,12 @@ from datetime import datetime, timedelta
 from types import EllipsisType
 from typing import Any, Concatenate, ParamSpec, TypeVar, overload
 
-from .._checks import check_moment, check_seconds
-from ..workflow.codec import encode
+from .._checks import check_id, check_moment, check_seconds
 from ..workflow.step import Step
 from ..workflow.workflow import name_of
 from .checking import Checking
 from .looking import Looking
-from .options import check_retry_options
+from .options import check_metadata, check_retry_options
 from .pending import Backoff
 from .registry import Entry, OnVersionMismatch
 from .resuming import Resuming
@@ -110,8 +109,11 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
 
         Raises:
             ValueError: another function is registered under that name; an option is wrong.
-            TypeError: the version is not an integer; the function is async.
+            TypeError: the version is not an integer, or the name not a string; the function is
+                async, a generator, or does not take a `Step`.
         """
+        if name is not None:
+            check_id(name, "name")
         if not isinstance(version, int) or isinstance(version, bool):
             raise TypeError(f"version must be an integer, not {version!r}")
         if on_version_mismatch not in ("error", "clear") and not callable(on_version_mismatch):
@@ -125,7 +127,7 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
 
         def register(fn: F) -> F:
             rules = (version, on_version_mismatch, max_attempts, backoff)
-            self._workflows.add(Entry(name or name_of(fn), fn, *rules))
+            self._workflows.add(Entry(name_of(fn) if name is None else name, fn, *rules))
             return fn
 
         return register if fn is None else register(fn)
@@ -146,7 +148,7 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
             at: an aware datetime, before which the run is not due.
 
         Raises:
-            TypeError: both ``delay`` and ``at`` are given.
+            TypeError: both ``delay`` and ``at`` are given; the metadata is not a mapping.
             ValueError: the delay is negative or too long; the datetime has no time zone.
             NotSerializable: the metadata is not JSON.
 
@@ -157,7 +159,7 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
             raise TypeError("with_options() takes delay= or at=, not both")
         other = copy.copy(self)
         if metadata is not None:
-            encode(None, metadata, "metadata=")
+            check_metadata(metadata)
             other.metadata = {**self.metadata, **metadata}
         if delay is not None:
             other._delay, other._at = check_seconds(delay, "delay"), None
@@ -206,5 +208,5 @@ class Durable(Submitting, Resuming, Looking, Steering, Rewinding, Checking):
                 f"run({id!r}) starts at once, without delay: use submit() with delay= or at="
             )
         entry = self._workflows.of(fn)
-        session = Session(self, id, entry, entry.encode_call(self.codec, args, kwargs))
+        session = Session(self, id, entry, entry.encode_call(id, self.codec, args, kwargs))
         return typing.cast(T, session.start())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 from attrs import evolve
 
-from .. import _json
-from .._checks import check_limit
+from .._checks import check_limit, check_seconds
 from ..errors import WorkflowCancelled, WorkflowError, WorkflowNotFound
 from ..snapshot import WorkflowSnapshot
 from ..store.database import Connection
@@ -20,12 +21,13 @@ from ..store.rows import (
     check_state,
     decode_snapshot,
     maps_of,
+    page_after,
     steps_of,
     traceback_of,
 )
 from ..workflow import failure as _failure
 from ..workflow.codec import decode
-from .options import Options
+from .options import Options, check_metadata
 
 RunInfos = list[RunInfo]  # inside Durable, ``list`` is a method
 
@@ -94,45 +96,49 @@ class Looking(Options):
             prefix: only ids that start with exactly this.
             workflow: only runs of the workflow with this name.
             state: only runs in this state, one of the states of `RunInfo`.
-            metadata: only runs whose metadata contains this, as JSONB's ``@>`` does.
+            metadata: only runs whose metadata contains this, as JSONB's ``@>`` does. All contain
+                the empty mapping.
             limit: at most this many.
             after: the last entry of the previous page; None starts with the newest run.
 
         Raises:
             ValueError: the state is unknown, or the limit is not positive.
+            TypeError: ``after`` is not an entry of a listing; the metadata is not a mapping.
         """
         store = self.store
         unfinished = state is not None and state != "completed"
         params = {
             **store._range(prefix),
             "workflow": workflow,
-            "metadata": None if metadata is None else _json.dumps(dict(metadata)),
+            "metadata": None if metadata in (None, {}) else check_metadata(metadata),
             "state": check_state(state),
             "unfinished": unfinished or None,
             "limit": check_limit(limit),
-            "after_time": after and after.updated_at.isoformat(),
-            "after_id": after and store.prefix + after.id,
+            **page_after(after, store.prefix),
         }
         rows = store._listed(self._sql.runs, params)
         return [RunInfo.from_columns(row, store.prefix) for row in rows]
 
-    def result(self, id: str, *, timeout: float | None = None) -> Any:
+    def result(self, id: str, *, timeout: float | timedelta | None = None) -> Any:
         """Wait until the run stored as ``id`` has ended; return its result, or raise its error.
 
         A run that waits for a signal, or that will be retried, has not ended.
 
         Args:
             id: the id of the run, which another thread or process is running.
-            timeout: seconds to wait at most; None waits until the run has ended.
+            timeout: seconds, or a timedelta, to wait at most; None waits until the run has ended.
 
         Raises:
             the error with which the run failed for good; `WorkflowError` if none is stored.
             TimeoutError: the run has not ended in time. It continues.
             WorkflowNotFound: nothing is stored as ``id``.
             WorkflowCancelled: the run was cancelled.
+            ValueError: the id is invalid, or the timeout is negative or not a number.
         """
         pause, longest = _POLL
-        give_up_at = None if timeout is None else time.monotonic() + timeout
+        seconds = math.inf if timeout is None else check_seconds(timeout, "timeout")
+        give_up_at = time.monotonic() + seconds
+        self.store.key(id)  # raises if it is invalid
         while True:
             rows = self.store.details([id])
             if not rows:
@@ -146,13 +152,13 @@ class Looking(Options):
                         "or by Node. Its steps may say more: see get(id).steps"
                     )
                 return info.result
-            left = None if give_up_at is None else give_up_at - time.monotonic()
-            if left is not None and left <= 0:
+            left = give_up_at - time.monotonic()
+            if left <= 0:
                 raise TimeoutError(
-                    f"{id!r} has not ended within {timeout:g} s: it is {rows[0].state}. It was not "
+                    f"{id!r} has not ended within {seconds:g} s: it is {rows[0].state}. It was not "
                     "stopped; call result() again to keep waiting"
                 )
-            time.sleep(pause if left is None else min(pause, left))
+            time.sleep(min(pause, left))
             pause = min(2 * pause, longest)
 
     def _result(self, info: RunInfo, output: Any) -> Any:

@@ -20,12 +20,16 @@ from .pending import Backoff
 from .registry import Registry
 
 
+def _check_lock_ttl(ttl: float) -> float:
+    return check_ttl(ttl, "lock_ttl")
+
+
 @define(eq=False, slots=False)
 class Options:
     """The checked options of a `Durable` (documented there), and its registered functions."""
 
     store: SnapshotStore
-    lock_ttl: float = field(default=DEFAULT_TTL, kw_only=True, converter=check_ttl)
+    lock_ttl: float = field(default=DEFAULT_TTL, kw_only=True, converter=_check_lock_ttl)
     codec: Codec | None = field(default=None, kw_only=True)
     on_event: OnEvent | None = field(default=None, kw_only=True)
     on_complete: Literal["keep", "delete"] = field(default="keep", kw_only=True)
@@ -48,7 +52,15 @@ class Options:
         if self.on_complete not in ("keep", "delete"):
             raise ValueError(f"on_complete must be 'keep' or 'delete', not {self.on_complete!r}")
         check_retry_options(self.max_attempts, self.backoff)
-        encode(None, self.metadata, "metadata=")
+        check_metadata(self.metadata)
+        for name in ("on_event", "transaction"):
+            if (option := getattr(self, name)) is not None and not callable(option):
+                raise TypeError(f"{name} must be a function, not {option!r:.80}")
+        methods = [getattr(self.codec, name, None) for name in ("encode", "decode")]
+        if self.codec is not None and not all(map(callable, methods)):
+            raise TypeError(
+                f"codec must be an object with encode() and decode(), not {self.codec!r:.80}"
+            )
 
     @property
     def _db(self) -> Database:
@@ -57,6 +69,13 @@ class Options:
     @property
     def _sql(self) -> Statements:
         return self.store._sql
+
+
+def check_metadata(metadata: object) -> str:
+    """Return the user's metadata as JSON text; raise unless they are a mapping of JSON values."""
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a mapping, not {metadata!r:.80}")
+    return encode(None, dict(metadata), "metadata=")
 
 
 def check_retry_options(max_attempts: int | None, backoff: object) -> None:

@@ -41,19 +41,43 @@ class Entry:
         return default if isinstance(own, EllipsisType) else own
 
     def encode_call(
-        self, codec: Codec | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+        self, id: str, codec: Codec | None, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> str:
         """Return the arguments as JSON text; raise TypeError if the function does not take them."""
-        self.check_call(args, kwargs)
-        return encode(codec, {"args": list(args), "kwargs": dict(kwargs)}, "the input")
+        self.check_call(args, kwargs, f", run {id!r}")
+        return encode(codec, {"args": list(args), "kwargs": dict(kwargs)}, f"the input of {id!r}")
 
-    def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    def check_call(self, args: Sequence[Any], kwargs: Mapping[str, Any], of: str = "") -> None:
         """Raise TypeError, as a call would, if the function does not take these arguments."""
         if (signature := _signature(self.fn)) is not None:
             try:
                 signature.bind(None, *args, **kwargs)  # None stands for the step
             except TypeError as error:
-                raise TypeError(f"workflow {self.name!r}: {error}") from None
+                raise TypeError(f"workflow {self.name!r}{of}: {error}") from None
+
+    def check_function(self) -> None:
+        """Raise TypeError if the function cannot be a workflow."""
+        fn = self.fn
+        if not callable(fn):
+            raise TypeError(f"the workflow must be a function, not {fn!r}")
+        if inspect.iscoroutinefunction(fn) or inspect.isasyncgenfunction(fn):
+            raise TypeError(
+                f"workflow {self.name!r} is async, but workflows are blocking functions; make it "
+                "a plain def, and call asyncio.run() inside a step"
+            )
+        if inspect.isgeneratorfunction(fn):
+            raise TypeError(
+                f"workflow {self.name!r} is a generator, which only runs while somebody iterates "
+                "over it; return a list instead of using yield"
+            )
+        if (signature := _signature(fn)) is not None:
+            try:
+                signature.bind_partial(None)
+            except TypeError:
+                raise TypeError(
+                    f"workflow {self.name!r} takes no positional argument, but is called with a "
+                    "Step as its first"
+                ) from None
 
     def check_identity(self, id: str, metadata: Mapping[str, Any], input: str) -> None:
         """Raise `WorkflowConflict` if what is stored belongs to another workflow or input.
@@ -104,17 +128,10 @@ class Registry(dict[str, Entry]):
 
     def add(self, entry: Entry) -> None:
         """Register a function; raise ValueError if another one has its name."""
-        if inspect.iscoroutinefunction(entry.fn):
-            raise TypeError(
-                f"workflow {entry.name!r} is async, but workflows are blocking functions; make it "
-                "a plain def, and call asyncio.run() inside a step"
-            )
         self[entry.name] = self._checked(entry)
 
     def of(self, fn: Callable[..., Any]) -> Entry:
         """Return the entry ``fn`` is registered as, or a new one that is not registered."""
-        if not callable(fn):
-            raise TypeError(f"the workflow must be a function, not {fn!r}")
         for entry in self.values():
             if entry.fn == fn:  # not `is`: each access to a bound method makes a new object
                 return entry
@@ -122,6 +139,7 @@ class Registry(dict[str, Entry]):
         return self._checked(Entry(name_of(fn), fn))
 
     def _checked(self, entry: Entry) -> Entry:
+        entry.check_function()
         known = self.get(entry.name)
         # The same function defined again, in the same module, is a reload: it replaces the old one.
         if known is not None and _place(known.fn) != _place(entry.fn):

@@ -256,7 +256,7 @@ class Session:
         if failure is not None:
             metadata["failure"] = _failure.run_to_json(failure)
         if suspended:
-            metadata["wakeAt"] = min(due or FAR_FUTURE for due in history.waits.values())
+            metadata["wakeAt"] = min(due or FAR_FUTURE for due in metadata["waits"].values())
         text = compose(
             self._stored,
             status,

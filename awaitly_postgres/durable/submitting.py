@@ -49,7 +49,7 @@ class Submitting(Options):
             TypeError: ``fn`` does not take these arguments.
         """
         entry = self._workflows.of(fn)
-        input = entry.encode_call(self.codec, args, kwargs)
+        input = entry.encode_call(id, self.codec, args, kwargs)
         self._refuse_unregistered(entry, id)
         now = datetime.now(timezone.utc).isoformat()
         document = self._accepted(entry, now, input)
@@ -115,7 +115,7 @@ class Submitting(Options):
             if not isinstance(args, (tuple, list)):
                 raise TypeError(f"the arguments of {id!r} must be a tuple or a list, not {args!r}")
             key = self.store.key(id)
-            ids[key], inputs[key] = id, entry.encode_call(self.codec, args, {})
+            ids[key], inputs[key] = id, entry.encode_call(id, self.codec, args, {})
             _json.check_size(inputs[key], f"the snapshot for {id!r}")
         if not runs:
             return []

@@ -55,7 +55,7 @@ def postgres(
         >>> store = postgres("postgresql://localhost/mydb", prefix="orders:")
     """
     _check_source(url, pool)
-    if prefix:
+    if prefix != "":
         check_id(prefix, "prefix")
     if retry_for < 0:
         raise ValueError(f"retry_for must be 0 or more seconds, not {retry_for!r}")

@@ -910,7 +910,9 @@ END
         FROM jsonb_each(
             COALESCE((                                                     -- if journal
                 SELECT jsonb_object_agg(j.key, j.step - 'value')           -- if journal
-                FROM {journal} j WHERE j.id = s.id GROUP BY j.id           -- if journal
+                FROM {journal} j                                           -- if journal
+                WHERE j.id = s.id AND jsonb_typeof(j.step) = 'object'      -- if journal
+                GROUP BY j.id                                              -- if journal
             ), '{}') ||                                                    -- if journal
             CASE
                 WHEN jsonb_typeof(snapshot->'steps') = 'object' THEN snapshot->'steps'

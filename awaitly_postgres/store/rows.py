@@ -33,6 +33,7 @@ STATES: tuple[State, ...] = typing.get_args(State)
 
 _NEVER = 9999  # the year of the wakeAt of a run that waits for a signal only
 _CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
+_MOST = 2**53  # a larger number in a row is nonsense; many of them fit no float
 _FEW = 10  # of many steps, this many of the first, last, longest and failed are shown
 
 
@@ -184,7 +185,7 @@ class RunInfo:
     def from_columns(cls, columns: Sequence[Any], prefix: str) -> RunInfo:
         """Read the columns of ``run_columns``, and remove the store's prefix from the id."""
         key, status, state, updated_at, step_count, maps, text, holder, until, now = columns
-        metadata = _json.loads(text) if text else {}
+        metadata = as_mapping(_loads_if_possible(text))
         name, version = metadata.get("workflow"), metadata.get("version")
         wake_at = read_time(metadata.get("wakeAt"))
         ended = state in ("completed", "failed", "cancelled")
@@ -203,7 +204,7 @@ class RunInfo:
             step_count=step_count,
             status=status,
             seen_at=moment(now),
-            maps={name: (done, int(_number(of))) for name, done, of in _json.loads(maps or "[]")},
+            maps={n: (done, int(_number(of))) for n, done, of in _loads_if_possible(maps) or ()},
         )
 
     @property
@@ -252,6 +253,15 @@ def check_state(state: str | None) -> str | None:
     if state is not None and state not in STATES:
         raise ValueError(f"state must be one of {', '.join(STATES)}, not {state!r}")
     return state
+
+
+def page_after(after: SnapshotInfo | RunInfo | None, prefix: str) -> dict[str, str]:
+    """Return the parameters of a listing that goes on after this entry; None: from the start."""
+    if after is None:
+        return {}
+    if not isinstance(after, (SnapshotInfo, RunInfo)):
+        raise TypeError(f"after must be the last entry of the previous page, not {after!r:.80}")
+    return {"after_time": after.updated_at.isoformat(), "after_id": prefix + after.id}
 
 
 def steps_of(snapshot: WorkflowSnapshot) -> list[StepInfo]:
@@ -377,5 +387,13 @@ def _of_the_user(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**beside, **as_mapping(metadata.get("custom"))}
 
 
+def _loads_if_possible(text: str | None) -> Any:
+    """Decode JSON of a listing; None if it cannot be decoded, which must not end the listing."""
+    try:
+        return _json.loads(text or "null")
+    except (ValueError, RecursionError):  # an integer of over 4,300 digits, a thousand levels
+        return None
+
+
 def _number(value: object) -> float:
-    return float(value) if isinstance(value, (int, float)) and value > 0 else 0.0
+    return float(value) if isinstance(value, (int, float)) and 0 < value <= _MOST else 0.0

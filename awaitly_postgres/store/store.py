@@ -27,6 +27,7 @@ from .rows import (
     check_state,
     decode_snapshot,
     encode_snapshot,
+    page_after,
 )
 from .statements import Statements, filtered, prefix_bounds
 
@@ -142,8 +143,7 @@ class SnapshotStore:
             **self._range(prefix),
             "status": check_status(status),
             "limit": check_limit(limit),
-            "after_time": after and after.updated_at.isoformat(),
-            "after_id": after and self.prefix + after.id,
+            **page_after(after, self.prefix),
         }
         return self._infos(self._sql.list, params)
 
@@ -172,8 +172,7 @@ class SnapshotStore:
         """
         params = {
             **self._range(prefix),
-            "after_time": after and after.updated_at.isoformat(),
-            "after_id": after and self.prefix + after.id,
+            **page_after(after, self.prefix),
             "limit": check_limit(limit),
             "workflows": None if workflows is None else [*workflows],
         }

@@ -239,15 +239,19 @@ class History:
             self._settled = self._gone_on_after  # waiting counts as moving on: it settles failures
 
     def unfinished_metadata(self, suspended: bool) -> dict[str, Any]:
-        """Return the waits, sleeps and settled failures of an unfinished run, for its metadata."""
+        """Return the waits, sleeps and settled failures of an unfinished run, for its metadata.
+
+        Other threads may begin sleeps and waits meanwhile. Copying a dict is atomic, iterating over
+        it is not.
+        """
         found: dict[str, Any] = {}
+        waits = dict(self.waits) if suspended else {}
         if suspended:
-            found["waits"] = self.waits
-        waits = self.waits if suspended else {}
-        if sleeps := {key: end for key, end in self.sleeps.items() if key not in waits}:
+            found["waits"] = waits
+        if sleeps := {key: end for key, end in dict(self.sleeps).items() if key not in waits}:
             found["sleeps"] = sleeps
-        if self.deadlines:
-            found["deadlines"] = self.deadlines
+        if deadlines := dict(self.deadlines):
+            found["deadlines"] = deadlines
         if self._settled >= 0:
             found["settled"] = self._settled
         return found

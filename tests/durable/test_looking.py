@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from decimal import Decimal
 from typing import Any
 
@@ -18,6 +18,7 @@ from awaitly_postgres import (
     DuplicateStepKey,
     Durable,
     RunInfo,
+    SnapshotFormatError,
     SnapshotStore,
     Step,
     StepFailed,
@@ -30,6 +31,7 @@ from awaitly_postgres import (
 from awaitly_postgres.codecs import CattrsCodec
 from awaitly_postgres.store import statements
 from awaitly_postgres.store.rows import STATES
+from awaitly_postgres.testing import pass_time
 from tests.support import ROOT, sorts_incrementally
 
 DB = psycopg.Connection
@@ -206,6 +208,17 @@ def test_metadata_of_the_user_are_kept_apart(store: SnapshotStore, db: DB) -> No
     assert durable.list(metadata={"tenant": "other"}) == []
 
 
+def test_empty_metadata_are_contained_in_any(store: SnapshotStore) -> None:
+    """In those of a run without any as well; what is no mapping is not taken for empty."""
+    durable = Durable(store)
+    durable.run("plain", lambda step: 1)
+    durable.with_options(metadata={"a": 1}).run("tagged", lambda step: 1)
+    assert [info.id for info in durable.list(metadata={})] == ["tagged", "plain"]
+    for wrong in ([], 5, "", [("a", 1)]):
+        with pytest.raises(TypeError, match="metadata must be a mapping"):
+            durable.list(metadata=wrong)  # type: ignore[arg-type]
+
+
 def test_metadata_of_version_0_1_are_told(store: SnapshotStore, durable: Durable, db: DB) -> None:
     """They stand among what the library writes."""
     durable.run("a", lambda step: 1)
@@ -258,6 +271,46 @@ def test_a_result_that_never_comes_is_an_error(
     """Cancelled, not there, or not ended in time: one that is tried again has not ended."""
     with pytest.raises(error):
         orders.result(id, timeout=0)
+
+
+@pytest.mark.parametrize(
+    ("id", "timeout", "error", "message"),
+    [
+        ("", 0, ValueError, "id must not be empty"),
+        ("a\0b", 0, ValueError, "NUL"),
+        ("x" * 1001, 0, ValueError, "1,000 is the limit"),
+        (7, 0, TypeError, "id must be a string, not int"),
+        ("held", float("nan"), ValueError, "timeout must be from 0"),
+        ("held", -1, ValueError, "timeout must be from 0"),
+        ("held", "1", TypeError, "timeout must be in seconds or a timedelta, not str"),
+    ],
+)
+def test_a_result_is_not_waited_for_with_wrong_arguments(
+    orders: Durable, id: Any, timeout: Any, error: type[Exception], message: str
+) -> None:
+    """A timeout that is no number would never be over; `get` checks the id as well."""
+    with pytest.raises(error, match=message):
+        orders.result(id, timeout=timeout)
+    if id != "held":
+        with pytest.raises(error, match=message):
+            orders.get(id)
+
+
+def test_the_timeout_of_a_result_may_be_a_timedelta(orders: Durable) -> None:
+    """As everywhere else."""
+    with pytest.raises(TimeoutError, match=r"within 0\.001 s: it is running"):
+        orders.result("held", timeout=timedelta(milliseconds=1))
+
+
+@pytest.mark.parametrize("listing", ["durable.list", "store.list", "store.pending"])
+def test_a_page_begins_after_an_entry_only(orders: Durable, listing: str) -> None:
+    """An id does not tell the place in the listing; a limit has to fit the server's integers."""
+    owner, name = listing.split(".")
+    look = getattr({"durable": orders, "store": orders.store}[owner], name)
+    with pytest.raises(TypeError, match="after must be the last entry of the previous page"):
+        look(after="held")
+    with pytest.raises(ValueError, match=r"limit must be a positive integer below 2\*\*63"):
+        look(limit=2**63)
 
 
 def test_a_misuse_is_told_with_its_place_in_the_code(durable: Durable) -> None:
@@ -347,3 +400,45 @@ def test_a_time_is_told_in_utc(orders: Durable) -> None:
     """Aware, whatever the session's time zone."""
     assert seen(orders, "done").updated_at.tzinfo == timezone.utc
     assert seen(orders, "done").updated_at <= datetime.now(timezone.utc).replace(year=9999)
+
+
+HUGE, TOO_LONG = (
+    "1" + "0" * 400,
+    "9" * 5000,
+)  # no float is as large; Python reads no integer as long
+SET = "UPDATE awaitly_snapshots SET snapshot = {} WHERE id = 'odd'"
+EDITS = {
+    "document": SET.format("%s::jsonb"),
+    "metadata": SET.format(
+        "jsonb_set(snapshot, '{metadata}', (snapshot->'metadata') || %s::jsonb)"
+    ),
+    "journal": "INSERT INTO awaitly_snapshots_steps VALUES ('odd', 'a', %s::jsonb)",
+}
+ODD = [
+    *(("document", text) for text in ("1", '"s"', "[]", "null", "{}")),
+    ("metadata", f'{{"version": {HUGE}, "attempts": {HUGE}.5}}'),
+    ("metadata", f'{{"attempts": {TOO_LONG}}}'),
+    ("metadata", f'{{"custom": {"[" * 3000}{"]" * 3000}}}'),
+    ("metadata", '{"wakeAt": "0001-01-01T00:00:00+14:00"}'),
+    ("metadata", '{"wakeAt": "0001-01-01T00:00:00+00:00"}'),
+    *(("journal", text) for text in ("1", '"s"', "[]", "null", "true")),
+    ("journal", f'{{"ok": true, "meta": {{"map": "m", "of": {HUGE}, "durationMs": {HUGE}.5}}}}'),
+    ("journal", f'{{"ok": true, "meta": {{"map": "m", "of": {TOO_LONG}}}}}'),
+]
+
+
+@pytest.mark.parametrize(("where", "what"), ODD, ids=range(len(ODD)))
+def test_one_odd_row_ends_no_listing(durable: Durable, db: DB, where: str, what: str) -> None:
+    """It is listed among the others, and reading it alone is at most a typed error."""
+
+    @durable.workflow
+    def work(step: Step) -> None: ...
+
+    for id in ("odd", "good"):
+        durable.submit(id, work)
+    db.execute(EDITS[where], (what,))
+    assert {info.id for info in durable.list()} == {"odd", "good"}
+    for look in (durable.get, lambda id: durable.result(id, timeout=0)):
+        with suppress(SnapshotFormatError, TimeoutError):
+            look("odd")
+    pass_time(durable, timedelta(days=1))

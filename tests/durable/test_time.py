@@ -789,3 +789,32 @@ def test_threads_wait_and_sleep_beside_each_other(durable: Durable) -> None:
     durable.signal("a", "approval", "yes")
     pass_time(durable, timedelta(hours=1))
     assert [outcome.result for outcome in durable.resume_pending()] == [["yes", None]]
+
+
+class Busy(dict[str, Any]):
+    """What another thread adds to while somebody iterates over it."""
+
+    def items(self) -> Any:
+        for item in super().items():
+            yield item
+            self["of another thread"] = None
+
+    def values(self) -> Any:
+        return (value for _, value in self.items())
+
+
+def test_a_run_is_stored_while_its_threads_begin_to_sleep(durable: Durable, db: DB) -> None:
+    """What they sleep for is copied at once, and the copy is written."""
+
+    @durable.workflow
+    def nap(step: Step) -> None:
+        history = step._run.history
+        history.waits, history.sleeps, history.deadlines = Busy(), Busy(), Busy(later=PAST)
+        step.sleep("nap", 3600)
+
+    with pytest.raises(WorkflowSuspended):
+        durable.run("a", nap)
+    stored = metadata(db)
+    assert stored["waits"].keys() == {"nap"}
+    assert stored["wakeAt"] == stored["waits"]["nap"]
+    assert stored["deadlines"] == {"later": PAST}

@@ -523,6 +523,7 @@ def test_options_that_make_no_sense_are_refused(url: str) -> None:
         ({"url": 5}, TypeError, "url"),
         ({"pool": url}, TypeError, "pool"),
         ({"url": url, "prefix": "a\0"}, ValueError, "prefix"),
+        ({"url": url, "prefix": None}, TypeError, "prefix"),
         ({"url": url, "min_size": 3, "max_size": 2}, ValueError, "min_size"),
         ({"url": url, "max_size": 0}, ValueError, "max_size"),
         ({"url": url, "retry_for": -1}, ValueError, "retry_for"),
