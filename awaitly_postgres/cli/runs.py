@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .. import Durable, NotSerializable
+from .._worker import ANY, Signals
 from ..store.rows import printable
 from .arguments import (
     Place,
@@ -19,9 +20,7 @@ from .arguments import (
     stored,
 )
 from .text import out, span
-from .worker import Stopped, Worker, import_durable
-
-_ANY = 10**9  # runs
+from .worker import Worker, import_durable
 
 
 @click.command()
@@ -75,14 +74,11 @@ def resume(
     for row in stored(durable.store, ids) if ids else ():
         if row.state in ("completed", "cancelled", "running"):
             click.echo(printable(f"{row.id!r} is already {row.state}"), err=True)
-    worker = Worker(durable, verbose, workers)
-    try:
-        with worker.listening():
-            if loop:
-                worker.loop(prefix, limit or _ANY, loop)
-            worker.once(ids, prefix, limit or _ANY)
-    except Stopped:
-        ctx.exit(0 if loop else 128 + worker.stopped_by)
+    worker = Worker(durable, Signals(loops=bool(loop)), verbose, workers)
+    with worker.signals.listening():
+        if loop:
+            worker.loop(prefix, limit or ANY, loop)
+        worker.once(ids, prefix, limit or ANY)
     ctx.exit(1 if worker.counts["failed"] else 0)
 
 

@@ -963,19 +963,26 @@ def test_a_worker_stops_after_the_current_workflow(
     assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("arguments", [[], ["--loop", "1"]], ids=str)
 def test_a_second_signal_stops_at_once_and_frees_the_workflow(
-    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, tmp_path: Path
+    worker: Callable[..., Any],
+    durable: Durable,
+    db: psycopg.Connection,
+    tmp_path: Path,
+    arguments: list[str],
+    signum: int,
 ) -> None:
     """Told twice, a worker abandons what it does; its lease is given back, no traceback shown."""
     os.mkfifo(tmp_path / "gate")
     durable.submit("a", durable.workflow(gated), "gate")
-    process = worker()
+    process = worker(*arguments)
     process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     process.stderr.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     out, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out, err) == (130, "", "")
+    assert (process.returncode, out, err) == (128 + signum, "", "")
     assert statuses(db) == {"a": "running"}
     assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
 

@@ -264,6 +264,35 @@ def test_the_command_loops_until_it_is_stopped(
     assert stock(shop) == 7
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_the_command_at_once(
+    shop: SimpleNamespace, signum: signal.Signals
+) -> None:
+    """The exit status says which one it was, and there is no traceback."""
+    order(shop)
+    with (
+        psycopg.connect(shop.url) as blocker,
+        subprocess.Popen(
+            [sys.executable, str(SHOP / "manage.py"), "resume_workflows", "--loop", "1"],
+            env={**os.environ, "DATABASE_URL": shop.url},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command,
+        ExitStack() as stack,
+    ):
+        stack.callback(command.kill)  # if anything fails in here
+        blocker.execute("SELECT FROM shop_product FOR NO KEY UPDATE")
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+        pid = (blocker.info.backend_pid,)
+        eventually(lambda: shop.db.execute(waiting, pid).fetchone(), "an update that waits")
+        command.send_signal(signum)
+        assert "stopping after the current workflow" in command.stderr.readline()
+        command.send_signal(signum)
+        assert command.communicate(timeout=60)[1] == ""
+        assert command.returncode == 128 + signum
+    assert stock(shop) == 10
+
+
 def test_the_command_runs_several_at_once(shop: SimpleNamespace) -> None:
     """With ``--workers``, each thread on connections of its own."""
     for _ in range(4):
