@@ -53,6 +53,11 @@ def cli(ctx: click.Context, /, **place: Any) -> None:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     given = {name: value for name, value in place.items() if value}
+    if given and ctx.invoked_subcommand in ("resume", "check"):
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise click.UsageError(
+            f"'{ctx.invoked_subcommand}' takes no {options}: it uses the store of MODULE:DURABLE"
+        )
     ctx.default_map = dict.fromkeys(cli.commands, given)
 
 

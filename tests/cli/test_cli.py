@@ -1177,6 +1177,27 @@ def test_unlock_needs_a_yes_where_nobody_can_be_asked(run: Run, store: SnapshotS
 # -- what goes wrong -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["resume", "check"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ["--url", "postgresql://127.0.0.1:1/x"],
+        ["--schema", "s"],
+        ["--table", "t"],
+        ["--lock-table", "t"],
+        ["--no-journal"],
+    ],
+    ids=str,
+)
+def test_a_place_is_refused_by_commands_that_use_the_store_of_the_durable(
+    run: Run, durable: Durable, place: list[str], command: str
+) -> None:
+    """Ignored, it would let them work on another database than the one that was named."""
+    durable.submit("a", durable.workflow(checkout), "ada")
+    assert refused(run(*place, command, "flows:durable"), place[0], "the store of MODULE:DURABLE")
+    assert durable.get("a").state == "pending"
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
