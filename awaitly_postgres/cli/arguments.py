@@ -129,7 +129,9 @@ def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
 # -- which runs ----------------------------------------------------------------------------
 
 prefix_option = click.option("--prefix", default="", help="only ids that start with this")
-state_option = click.option("--state", type=click.Choice(STATES), help="only in this state")
+state_option = click.option(
+    "--state", "--status", "state", type=click.Choice(STATES), help="only in this state"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text")
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from .. import SchemaMissing
-from ..store.rows import STATUSES
+from ..store.rows import STATES
 from .arguments import Place, duration, id_, on_a_store, prefix_option, stored
 from .text import err, out
 
@@ -47,10 +48,12 @@ def delete(place: Place, ids: tuple[str, ...]) -> None:
 @on_a_store
 @prefix_option
 @click.option(
+    "--state",
     "--status",
-    type=click.Choice([*STATUSES, "any"]),
+    "state",
+    type=click.Choice([*STATES, "any"]),
     default="completed",
-    help="only with this status [completed]",
+    help="only in this state [completed]",
 )
 @click.option(
     "--older-than", metavar="AGE", type=duration, required=True, help="30d, 12h, 1d12h, 2w"
@@ -58,14 +61,14 @@ def delete(place: Place, ids: tuple[str, ...]) -> None:
 @click.option("--batch-size", metavar="N", type=click.IntRange(1, 100_000), default=1000)
 @click.option("--dry-run", is_flag=True, help="only count")
 def prune(
-    place: Place, prefix: str, status: str, older_than: timedelta, batch_size: int, dry_run: bool
+    place: Place, prefix: str, state: Any, older_than: timedelta, batch_size: int, dry_run: bool
 ) -> None:
     """Delete workflows that have not changed for AGE, in batches.
 
     It can be interrupted and run again. Workflows that are running are not deleted.
     """
-    chosen = None if status == "any" else status
-    clear = functools.partial(place.store(prefix).prune, older_than, status=chosen)
+    chosen = None if state == "any" else state
+    clear = functools.partial(place.store(prefix).prune, older_than, status=None, state=chosen)
     if dry_run:
         out.print(f"{clear(dry_run=True):,} would be deleted")
         return

@@ -254,6 +254,12 @@ def check_state(state: str | None) -> str | None:
     return state
 
 
+def in_state(state: str | None) -> dict[str, Any]:
+    """Return the parameters of a statement that reads only runs in ``state``; None for any."""
+    unfinished = state is not None and state != "completed"
+    return {"state": check_state(state), "unfinished": unfinished or None}
+
+
 def steps_of(snapshot: WorkflowSnapshot) -> list[StepInfo]:
     """Return the steps in the order in which they began; those without a start time come last."""
     steps = [StepInfo.from_json(*item) for item in snapshot.to_json()["steps"].items()]

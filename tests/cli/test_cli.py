@@ -478,9 +478,10 @@ def test_each_state_is_listed_with_what_comes_next(
         "cancelled": ("cancelled", "-"),
         "held": ("running", "-"),
     }
-    for state in STATES:
-        listed = json.loads(run("list", "--json", "--state", state).stdout)
-        assert {row["state"] for row in listed} == {state}
+    for option in ("--state", "--status"):
+        for state in STATES:
+            listed = json.loads(run("list", "--json", option, state).stdout)
+            assert {row["state"] for row in listed} == {state}
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["show", "evil\x1b[31m\nred"]])
@@ -762,6 +763,7 @@ def aged(store: SnapshotStore, db: psycopg.Connection) -> None:
         (["--older-than", "1d"], "a:1 b:1"),
         (["--older-than", "1d11h", "--prefix", "a:"], "a:1"),
         (["--older-than", "1d", "--status", "failed"], "a:2"),
+        (["--older-than", "1d", "--state", "failed"], "a:2"),
         (["--older-than", "90m", "--status", "any", "--batch-size", "1"], "a:1 a:2 b:1"),
         (["--older-than", "2d"], ""),
         (["--older-than", "1d", "--dry-run"], ""),
@@ -776,6 +778,37 @@ def test_prune_deletes_what_is_old(
     assert {"a:1", "b:1", "a:2", "a:3"} - set(statuses(db)) == set(gone.split())
     counted = 2 if "--dry-run" in arguments else len(gone.split())
     assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, str(counted), "")
+
+
+def test_prune_of_failed_runs_keeps_those_that_are_not_failed_for_good(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """A run that waits for its next attempt is stored as failed, and so is a cancelled one."""
+    past, future = "2026-01-01T00:00:00.000Z", "2999-01-01T00:00:00.000Z"
+    for id, status, metadata in (
+        ("retrying", "failed", {"wakeAt": future}),
+        ("due", "failed", {"wakeAt": past}),
+        ("given-up", "failed", {"gaveUpAt": past}),
+        ("cancelled", "failed", {"cancelledAt": past}),
+        ("pending", "running", {}),
+        ("waiting", "running", {"waits": {"go": None}, "wakeAt": future}),
+        ("completed", "completed", {}),
+    ):
+        store.save(id, snapshot(1, status, workflow="w", **metadata))
+    store.save("held", snapshot(1, "failed", workflow="w", gaveUpAt=past))
+    store.try_acquire("held", ttl=600)
+    db.execute("UPDATE awaitly_snapshots SET updated_at = now() - interval '2 days'")
+    before = set(statuses(db))
+    dry = run("prune", "--older-than", "1d", "--status", "failed", "--dry-run")
+    assert dry.stdout == "1 would be deleted\n"
+    assert run("prune", "--older-than", "1d", "--status", "failed").stdout == "1 deleted\n"
+    assert before - set(statuses(db)) == {"given-up"}
+    for state, gone in (("retrying", {"due", "retrying"}), ("waiting", {"waiting"})):
+        before = set(statuses(db))
+        assert run("prune", "--older-than", "1d", "--state", state).returncode == 0
+        assert before - set(statuses(db)) == gone
+    assert run("prune", "--older-than", "1d", "--state", "any").stdout == "3 deleted\n"
+    assert set(statuses(db)) == {"held"}
 
 
 @pytest.mark.usefixtures("aged")
@@ -1207,7 +1240,8 @@ def test_a_place_is_refused_by_commands_that_use_the_store_of_the_durable(
         (["prune"], "--older-than"),
         (["list", "--limit", "0"], "--limit"),
         (["list", "--state", "done"], "--state"),
-        (["list", "--status", "failed"], "--status"),
+        (["list", "--status", "done"], "--status"),
+        (["prune", "--older-than", "1d", "--status", "done"], "--status"),
         (["list", "--table", "a-b"], "a-b"),
         (["list", "--schema", "no_such_schema"], "init"),
         (["show", "nope"], "nope"),
