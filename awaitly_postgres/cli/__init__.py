@@ -12,9 +12,9 @@ from typing import Any
 
 import click
 
-from .. import AwaitlyError, SchemaMissing, __version__
+from .. import AlreadyRunning, AwaitlyError, SchemaMissing, __version__
 from ..store.rows import printable
-from .arguments import WrongInput, place_options
+from .arguments import WrongInput, command_line, place_options
 from .checking import check
 from .housekeeping import delete, init, prune
 from .looking import list_, show, stats, watch
@@ -33,6 +33,9 @@ class _Commands(click.Group):
                 f"{error.message} 'awaitly-postgres init' creates the tables; if they exist under "
                 "another name, give --table and --schema."
             ) from None
+        except AlreadyRunning as error:
+            at_once = f"{command_line('unlock', error.id)} frees it at once."
+            raise click.ClickException(printable(f"{error} {at_once}")) from None
         except AwaitlyError as error:
             raise click.ClickException(printable(str(error), keep="\n\t")) from None
         except KeyboardInterrupt:

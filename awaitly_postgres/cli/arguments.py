@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -148,6 +149,11 @@ def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunInfo]:
     if unknown := [id for id in ids if id not in found]:
         raise not_stored(unknown)
     return rows
+
+
+def command_line(name: str, id: str) -> str:
+    """Return a command line to type, for a message; ``id`` is the one in the table."""
+    return f"'awaitly-postgres {name} {shlex.quote(id)}'"
 
 
 def not_stored(ids: Sequence[str]) -> WrongInput:

@@ -11,8 +11,8 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from .. import SchemaMissing
-from ..store.rows import STATES
-from .arguments import Place, duration, id_, on_a_store, prefix_option, stored
+from ..store.rows import STATES, printable
+from .arguments import Place, command_line, duration, id_, on_a_store, prefix_option, stored
 from .text import err, out
 
 
@@ -38,9 +38,17 @@ def init(place: Place, sql: bool) -> None:
 @on_a_store
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=id_)
 def delete(place: Place, ids: tuple[str, ...]) -> None:
-    """Delete workflows; none if one of the ids is unknown."""
+    """Delete workflows; none if one of the ids is unknown or running."""
     store = place.store()
-    stored(store, ids)
+    for row in stored(store, ids):
+        if row.holder is not None:  # it would store the run again with its next step
+            raise click.ClickException(
+                printable(
+                    f"{row.id!r} is held by {row.held_by}, so nothing was deleted. First end it: "
+                    f"{command_line('cancel', row.id)}; or, if that process is dead, "
+                    f"{command_line('unlock', row.id)}"
+                )
+            )
     out.print(f"{store.delete_many(ids):,} deleted")
 
 

@@ -11,6 +11,7 @@ from .._worker import ANY, Signals
 from ..store.rows import printable
 from .arguments import (
     Place,
+    command_line,
     id_,
     json_value,
     limit_option,
@@ -73,7 +74,11 @@ def resume(
     ping(durable.store)
     for row in stored(durable.store, ids) if ids else ():
         if row.state in ("completed", "cancelled", "running"):
-            click.echo(printable(f"{row.id!r} is already {row.state}"), err=True)
+            told = f"{row.id!r} is already {row.state}"
+            if row.state == "running":
+                unlock = command_line("unlock", durable.store.prefix + row.id)
+                told += f" on {row.held_by}; if that process is dead, {unlock} frees it"
+            click.echo(printable(told), err=True)
     worker = Worker(durable, Signals(loops=bool(loop)), verbose, workers)
     with worker.signals.listening():
         if loop:

@@ -747,6 +747,23 @@ def test_delete_deletes_these_and_nothing_if_one_is_unknown(
     assert set(statuses(db)) == {"c"}
 
 
+def test_delete_refuses_a_run_that_a_process_holds(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """Its next step would store it again; the message names the holder and what to do instead."""
+    for id in ("free", "it's held"):
+        store.save(id, snapshot(1, "running", workflow="w"))
+    held = store.try_acquire("it's held", ttl=600)
+    done = run("delete", "free", "it's held")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert held.token.rpartition(":")[0] in done.stderr
+    for command in ("cancel", "unlock"):
+        assert f"""'awaitly-postgres {command} 'it'"'"'s held''""" in done.stderr
+    assert set(statuses(db)) == {"free", "it's held"}
+    assert run("unlock", "it's held", "--yes").returncode == 0
+    assert run("delete", "it's held").stdout == "1 deleted\n"
+
+
 @pytest.fixture
 def aged(store: SnapshotStore, db: psycopg.Connection) -> None:
     """Two old completed rows, an old failed and a new completed one."""
@@ -915,13 +932,14 @@ def test_resume_of_an_id_that_is_not_resumed_says_so(run: Run, durable: Durable)
         durable.submit(id, durable.workflow(checkout), "ada")
     durable.resume("done")
     durable.cancel("over")
-    durable.store.try_acquire("held", ttl=600)
+    held = durable.store.try_acquire("held", ttl=600)
     ended = run("resume", "flows:durable", "done", "over", "held")
     assert (ended.returncode, ended.stdout) == (0, "")
     assert ended.stderr.splitlines() == [
         "'done' is already completed",
         "'over' is already cancelled",
-        "'held' is already running",
+        f"'held' is already running on {held.token.rpartition(':')[0]}; "
+        "if that process is dead, 'awaitly-postgres unlock held' frees it",
     ]
 
 
