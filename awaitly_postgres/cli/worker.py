@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import Durable, Outcome, StoreUnavailable, WorkflowSuspended
 from .._worker import Signals
-from ..store.rows import printable
+from ..store.rows import printable, verdict
 from .text import Line, err, in_lines, out, span, write
 
 
@@ -127,4 +127,7 @@ def _lines(outcome: Outcome, seconds: float | None, verbose: bool) -> list[Line]
     first, *others = in_lines(f"{type(error).__name__}: {error}")
     if verbose and outcome.status == "failed":
         others = in_lines("".join(traceback.format_exception(error)).rstrip("\n"))
-    return [[*line, (f"  {first}", "")], *([(f"    {other}", "")] for other in others)]
+    line.append((f"  {first}", ""))
+    if outcome.status == "failed" and (told := verdict(outcome.attempts, outcome.retry_at)):
+        line.append((f" ({told})", ""))
+    return [line, *([(f"    {other}", "")] for other in others)]

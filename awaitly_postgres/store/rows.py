@@ -19,12 +19,13 @@ from .. import _json
 from .._checks import check_id, moment, read_time
 from ..errors import NotSerializable, SnapshotFormatError
 from ..snapshot import OURS, STATUSES, Steps, WorkflowSnapshot, as_mapping
-from .text import age, elide, printable, span
+from .text import age, elide, printable, span, verdict
 
 __all__ = [
     "STATES", "STATUSES", "RunInfo", "SnapshotInfo", "State", "StepInfo", "StoreStats", "age",
     "check_id", "check_state", "elide", "elide_steps", "fold_maps", "is_input", "maps_of",
     "printable", "read_time", "reasons", "span", "steps_of",
+    "verdict",
 ]  # fmt: skip
 
 State = Literal["pending", "running", "waiting", "retrying", "completed", "failed", "cancelled"]

@@ -60,6 +60,10 @@ def checkout(step, user):
         step("charge", decline)
     return step("charge", str.upper, user)
 
+@durable.workflow(max_attempts=2)
+def hopeless(step):
+    step("charge", decline)
+
 @durable.workflow
 def gated(step, name):
     return step("gate", gate, name)
@@ -74,6 +78,10 @@ def busy(step, other):
 def checkout(step: Step, user: str) -> str:
     """Stands for the workflow of the same name in FLOWS."""
     return step("charge", str.upper, user)
+
+
+def hopeless(step: Step) -> None:
+    """Stands for the workflow of the same name in FLOWS."""
 
 
 def gated(step: Step, name: str) -> str:
@@ -854,10 +862,23 @@ def test_resume_in_cron_prints_failures_to_stderr_and_fails_if_one_failed(
     told = [line.split()[:2] for line in done.stdout.splitlines()]
     assert told == ([["completed", "a"], ["completed", "c"]] if verbose else [])
     failed, *others = done.stderr.splitlines()
-    assert re.fullmatch(r"failed     b  \S+ [mµ]?s  CardDeclined: no funds", failed)
+    assert re.fullmatch(
+        r"failed     b  \S+ [mµ]?s  CardDeclined: no funds \(attempt 1, .*\)", failed
+    )
     assert ("    Traceback (most recent call last):" in others) is verbose
     assert bool(others) is verbose
     assert statuses(db) == {"a": "completed", "b": "failed", "c": "completed"}
+
+
+def test_a_failure_says_whether_it_is_final(run: Run, durable: Durable) -> None:
+    """It has the number of the attempt and when the next one is due, or that there is none."""
+    durable.submit("a", durable.workflow(hopeless))
+    input = {"args": [], "kwargs": {}}
+    durable.store.save("none", snapshot(0, "running", workflow="unknown", input=input))
+    told = [run("resume", "flows:durable", "a").stderr for _ in range(2)]
+    assert "CardDeclined: no funds (attempt 1, again in 1.0 s)\n" in told[0]
+    assert "CardDeclined: no funds (given up after 2 attempts)\n" in told[1]
+    assert "attempt" not in run("resume", "flows:durable", "none").stderr
 
 
 def test_resume_is_silent_unless_something_failed(run: Run, durable: Durable) -> None:

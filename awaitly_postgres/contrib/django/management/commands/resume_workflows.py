@@ -14,7 +14,7 @@ from django.utils.module_loading import import_string
 
 from awaitly_postgres import Durable, Outcome, StoreError, StoreUnavailable, WorkflowNotFound
 from awaitly_postgres._worker import ANY, Signals
-from awaitly_postgres.store.rows import printable
+from awaitly_postgres.store.rows import printable, verdict
 
 
 class Command(BaseCommand):
@@ -104,9 +104,9 @@ class Command(BaseCommand):
             text = f"{type(error).__name__}: {printable(str(error))}"
             if options["verbose"] and error is not None:
                 text = printable("\n" + "".join(traceback.format_exception(error)), keep="\n")
-            self.stderr.write(
-                f"failed     {printable(outcome.id)} (attempt {outcome.attempts}): {text}"
-            )
+            told = verdict(outcome.attempts, outcome.retry_at)
+            told = f" ({told})" if told else ""
+            self.stderr.write(f"failed     {printable(outcome.id)}{told}: {text}")
         elif self._is_watched(options):
             styles = {"completed": self.style.SUCCESS, "suspended": self.style.WARNING}
             style = styles.get(outcome.status, str)
