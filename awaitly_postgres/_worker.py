@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -12,6 +13,15 @@ from contextlib import contextmanager, suppress
 from attrs import define
 
 ANY = 10**9  # runs: the limit of a pass without --limit
+
+
+def quiet_the_driver() -> None:
+    """Keep warnings about connections that psycopg's pool replaces off stderr.
+
+    They are still logged if logging is configured, for psycopg or for everything.
+    """
+    if not (logger := logging.getLogger("psycopg")).handlers:
+        logger.addHandler(logging.NullHandler())
 
 
 @define

@@ -144,7 +144,7 @@ def test_only_durable_joins_the_two() -> None:
 def test_the_edges_use_public_names(file: Path) -> None:
     """What they lack becomes a public method: of the rooms they import the rows alone.
 
-    `_worker` is what their two workers share, and nobody else's.
+    `_worker` is what the command line and the management command share.
     """
     found = PACKAGE / file
     for module, name in imports(found):

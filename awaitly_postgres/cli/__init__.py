@@ -6,13 +6,13 @@ that does not connect; nothing was done. 130 and 143: stopped by a signal.
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
 import click
 
 from .. import AlreadyRunning, AwaitlyError, SchemaMissing, __version__
+from .._worker import quiet_the_driver
 from ..store.rows import printable
 from .arguments import WrongInput, command_line, place_options
 from .checking import check
@@ -51,8 +51,7 @@ def cli(ctx: click.Context, /, **place: Any) -> None:
 
     Exit status: 0 done; 1 something failed; 2 wrong input, or no connection: nothing was done.
     """
-    # A pool that cannot connect logs each attempt; the command prints one message instead.
-    logging.getLogger("psycopg").addHandler(logging.NullHandler())
+    quiet_the_driver()  # it logs each attempt to connect; the command prints one message instead
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     given = {name: value for name, value in place.items() if value}

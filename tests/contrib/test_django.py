@@ -10,7 +10,7 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from types import SimpleNamespace
 
 import psycopg
@@ -18,7 +18,7 @@ import pytest
 
 from awaitly_postgres import Durable, SnapshotStore, Step, StoreError, postgres
 from tests.contrib.project import PAST, SHOP, alias, manage, order, payments, resume, stock
-from tests.support import eventually
+from tests.support import Proxy, eventually
 
 # -- accepted in a view, finished by the command -------------------------------------------
 
@@ -233,6 +233,18 @@ def test_the_command_takes_a_prefix_and_a_limit(shop: SimpleNamespace) -> None:
     assert others[0] == "Traceback (most recent call last):"
     assert "CommandError: 1 of 1 workflows failed" in done.stderr
     assert {run.id: run.attempts for run in durable.list()} == {"a-1": 1, "a-2": 0, "b-1": 0}
+
+
+def test_the_command_is_silent_about_a_connection_that_is_replaced(shop: SimpleNamespace) -> None:
+    """A lost connection of the store that cost nothing is no reason for a mail of cron's."""
+    durable = shop.workflows.durable
+    id = f"checkout-{order(shop)}"
+    with closing(Proxy(shop.url)) as proxy:
+        proxy.lose("reply", 5)
+        done = manage(proxy.url, "resume_workflows")
+        assert proxy.has_lost
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert durable.get(id).state == "completed"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])

@@ -13,7 +13,7 @@ from django.db import close_old_connections
 from django.utils.module_loading import import_string
 
 from awaitly_postgres import Durable, Outcome, StoreError, StoreUnavailable, WorkflowNotFound
-from awaitly_postgres._worker import ANY, Signals
+from awaitly_postgres._worker import ANY, Signals, quiet_the_driver
 from awaitly_postgres.store.rows import printable, verdict
 
 
@@ -53,6 +53,7 @@ class Command(BaseCommand):
 
     def handle(self, *args: str, **options: Any) -> None:
         """Resume runs, and report each as it ends."""
+        quiet_the_driver()
         durables, ids = _durables_and_ids(args)
         if ids and any(options[name] for name in ("prefix", "limit", "loop")):
             raise CommandError("give either ids, or --prefix, --limit and --loop")
