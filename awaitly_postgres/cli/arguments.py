@@ -15,7 +15,7 @@ from typing import Any
 import click
 from attrs import frozen
 
-from .. import SnapshotStore, StoreError, postgres
+from .. import SnapshotStore, StoreError, StoreUnavailable, postgres
 from ..store.rows import STATES, RunInfo, check_id, printable
 
 
@@ -101,11 +101,13 @@ class Place:
         return click.get_current_context().with_resource(store)
 
 
-def ping(store: SnapshotStore) -> None:
-    """Raise `WrongInput` unless the server answers."""
+def ping(store: SnapshotStore, *, may_be_away: bool = False) -> None:
+    """Raise `WrongInput` unless the server answers, or ``may_be_away`` and cannot be reached."""
     try:
         store.ping()
     except StoreError as error:
+        if may_be_away and isinstance(error, StoreUnavailable):
+            return
         raise WrongInput(printable(str(error), keep="\n\t")) from None
 
 

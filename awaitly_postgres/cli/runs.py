@@ -71,7 +71,7 @@ def resume(
     """
     if ids and (loop or limit or prefix or workers > 1):
         raise click.UsageError("give either ids, or --prefix, --limit, --workers and --loop")
-    ping(durable.store)
+    ping(durable.store, may_be_away=bool(loop))  # a loop says so in each pass, and goes on
     for row in stored(durable.store, ids) if ids else ():
         if row.state in ("completed", "cancelled", "running"):
             told = f"{row.id!r} is already {row.state}"

@@ -1168,6 +1168,28 @@ def test_a_worker_outlives_an_outage(
     assert process.wait(PATIENCE) == 0
 
 
+def test_a_worker_that_starts_during_an_outage_waits_for_its_end(
+    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, url: str, role: str
+) -> None:
+    """As after a restart of the machine, where the database may come up later."""
+    durable.submit("first", durable.workflow(checkout), "ada")
+    db.execute(f"ALTER ROLE {role} NOLOGIN")
+    address = make_conninfo(url, user=role, password="pw")  # noqa: S106
+    process = worker("--loop", "0.1", "--verbose", DATABASE_URL=address, RETRY_FOR="0.1")
+    assert "trying again in 0.1 s" in process.stderr.readline()
+    db.execute(f"ALTER ROLE {role} LOGIN")
+    assert process.stdout.readline().split()[:2] == ["completed", "first"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("loop", [[], ["--loop", "1"]], ids=str)
+def test_a_malformed_address_is_wrong_input_for_a_worker(run: Run, loop: list[str]) -> None:
+    """No outage ends that, so a loop does not wait for it either."""
+    done = run("resume", "flows:durable", *loop, DATABASE_URL="postgresql://a@b:port/db")
+    assert refused(done, "malformed")
+
+
 # -- signal, cancel, unlock ----------------------------------------------------------------
 
 
