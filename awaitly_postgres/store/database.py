@@ -228,7 +228,7 @@ class Database:
         diag = getattr(error, "diag", None)
         detail = (diag.message_primary if diag else None) or str(error)
         if isinstance(error, (pg.UndefinedTable, pg.InvalidSchemaName)):
-            return SchemaMissing(f"a table or schema is missing ({detail}).", self.ddl())
+            return self._schema_missing(f"a table or schema is missing ({detail}).")
         if isinstance(error, PoolTimeout):
             return self._why_there_is_no_connection()
         if isinstance(error, PoolClosed):
@@ -281,6 +281,9 @@ class Database:
         """Return the statements that create the schema."""
         return "".join(self.sql.ddl.values())
 
+    def _schema_missing(self, message: str) -> SchemaMissing:
+        return SchemaMissing(message, self.ddl(), self.pool.migrate)
+
     def _missing(self, conn: Connection) -> tuple[list[str], bool]:
         """Return the missing tables, and whether all exist and are committed."""
         names = [name for name in self.sql.ddl if name]
@@ -315,10 +318,8 @@ class Database:
         except (pg.InsufficientPrivilege, pg.ReadOnlySqlTransaction, *_MADE_BY_OTHERS) as error:
             if not self._missing(conn)[0]:
                 return
-            raise SchemaMissing(
-                "the tables are missing and cannot be created here "
-                f"({error.diag.message_primary}).",
-                self.ddl(),
+            raise self._schema_missing(
+                f"the tables are missing and cannot be created here ({error.diag.message_primary})."
             ) from error
 
     def _refuse_on_a_citus_worker(self, conn: Connection) -> None:

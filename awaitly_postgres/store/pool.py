@@ -44,6 +44,7 @@ _SILENCE = 30  # seconds after which a connection without any traffic is conside
 class Pool(ABC):
     """Lends connections; a subclass says where they come from."""
 
+    migrate: str = field(default="", init=False)  # the command that creates the tables, if any
     has_worked: bool = field(default=False, init=False)
     _pool: ConnectionPool[Any] | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psycopg
 import pytest
 
-from awaitly_postgres import Durable, SnapshotStore, Step, StoreError, postgres
+from awaitly_postgres import Durable, SchemaMissing, SnapshotStore, Step, StoreError, postgres
 from tests.contrib.project import PAST, SHOP, alias, manage, order, payments, resume, stock
 from tests.support import Proxy, eventually
 
@@ -524,6 +524,21 @@ def test_the_store_takes_on_the_role_that_django_assumes(
     alias(monkeypatch, "other", OPTIONS={"assume_role": "pg_monitor"})
     with store("other") as made:
         assert made._db.rows(b"SELECT current_user::text", {}) == [("pg_monitor",)]
+
+
+@pytest.mark.parametrize("name", ["default", "reports"])
+def test_missing_tables_are_a_matter_of_migrate(
+    site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The error names the command, and not the SQL, which a migration has to run."""
+    from awaitly_postgres.contrib.django import store
+
+    alias(monkeypatch, "reports")
+    with store(name, schema="nowhere") as made, pytest.raises(SchemaMissing) as caught:
+        made.load("a")
+    command = "manage.py migrate" if name == "default" else "manage.py migrate --database reports"
+    assert str(caught.value).endswith(f" Run '{command}'.")
+    assert "CREATE TABLE" in caught.value.ddl
 
 
 def test_the_store_uses_djangos_own_pool(
