@@ -46,12 +46,16 @@ class StoreUnavailable(StoreError):
 class SchemaMissing(StoreError):
     """The tables are missing, and this role or session may not create them.
 
-    ``ddl`` is the SQL that creates them, for a role that may.
+    ``ddl`` is the SQL that creates them, for a role that may. ``migrate``, if not empty, is the
+    command that runs it.
     """
 
     ddl: str
+    migrate: str = ""
 
     def __str__(self) -> str:
+        if self.migrate:
+            return f"{self.message} Run '{self.migrate}'."
         return f"{self.message} With a role that may create tables, run:\n{self.ddl}"
 
 

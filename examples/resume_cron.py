@@ -8,6 +8,7 @@ process at a time can hold the lease on a run.
 """
 
 import argparse
+import logging
 import os
 import sys
 
@@ -37,6 +38,8 @@ def main() -> int:
     if not options.url:
         parser.error("give --url or set $DATABASE_URL")
 
+    # psycopg's pool warns about each connection that it replaces, which cron would mail.
+    logging.getLogger("psycopg").addHandler(logging.NullHandler())
     terminal = sys.stderr.isatty()
     with postgres(options.url) as store:
         durable = Durable(store, on_event=show_step if terminal else None)

@@ -142,12 +142,22 @@ def test_only_durable_joins_the_two() -> None:
 
 @pytest.mark.parametrize("file", EDGES, ids=str)
 def test_the_edges_use_public_names(file: Path) -> None:
-    """What they lack becomes a public method: of the rooms they import the rows alone."""
+    """What they lack becomes a public method: of the rooms they import the rows alone.
+
+    `_worker` is what the command line and the management command share.
+    """
     found = PACKAGE / file
     for module, name in imports(found):
         if module[0] != "awaitly_postgres" or module[1:2] == [room_of(found)]:
             continue
-        assert ".".join(module[1:]) in ("", "errors", "codecs", "embedded", "store.rows"), module
+        assert ".".join(module[1:]) in (
+            "",
+            "errors",
+            "codecs",
+            "embedded",
+            "store.rows",
+            "_worker",
+        ), module
         if module == ["awaitly_postgres"]:
             assert name in {*PUBLIC, "__version__"}
         assert not is_private(name or "")

@@ -23,6 +23,10 @@ EXAMPLES: list[tuple[AwaitlyError, str]] = [
     (errors.StoreError("this store is closed; make a new one with postgres()"), "make a new one"),
     (errors.StoreUnavailable("every connection is busy (raise max_size)"), "raise max_size"),
     (errors.SchemaMissing("the tables are missing.", "CREATE TABLE x ();"), "run:\nCREATE TABLE x"),
+    (
+        errors.SchemaMissing("no tables.", "CREATE TABLE x ();", "manage.py migrate"),
+        "Run 'manage.py",
+    ),
     (errors.SnapshotFormatError("order-1", ["steps is missing", "x"]), "Correct the row"),
     (errors.SnapshotFormatError(None, ["steps is missing"]), "Correct it"),
     (errors.NotSerializable("$.a[0]", "a value of type set", "the input"), "convert it"),

@@ -17,7 +17,7 @@ import pytest
 
 from awaitly_postgres import Durable, SnapshotStore
 from awaitly_postgres.testing import crash_everywhere
-from tests.support import EXAMPLES
+from tests.support import EXAMPLES, Proxy
 
 RUN = "quickstart:checkout-123"
 
@@ -162,6 +162,18 @@ def test_resume_cron_is_silent_when_all_goes_well(
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert statuses(store) == dict.fromkeys(["order-0", "order-1", "order-2"], "completed")
     assert durable.resume("order-2") == {"user": "ada", "payment": "paid-ada-12"}
+
+
+def test_resume_cron_is_silent_about_a_connection_that_is_replaced(
+    start: Start, durable: Durable, store: SnapshotStore, shop: Any, proxy: Proxy
+) -> None:
+    """A lost connection that cost nothing is no reason for a mail."""
+    durable.submit("order-1", shop.checkout, "ada", 10)
+    proxy.lose("reply", 5)
+    done = start_script("resume_cron.py", DATABASE_URL=proxy.url)
+    assert proxy.has_lost
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert statuses(store) == {"order-1": "completed"}
 
 
 def test_resume_cron_reports_what_failed(

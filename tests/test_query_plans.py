@@ -160,6 +160,10 @@ def list_of_all(store: SnapshotStore) -> int:
         pytest.param(lambda store: len(store.list("wf-00001")), id="list with a prefix"),
         pytest.param(list_of_all, id="list of all"),
         pytest.param(lambda store: store.prune(timedelta(seconds=995_000)), id="prune"),
+        pytest.param(
+            lambda store: store.prune(timedelta(0), state="pending", dry_run=True),
+            id="prune in a state",
+        ),
     ],
 )
 def test_looking_for_few_among_many_reads_few(

@@ -6,15 +6,15 @@ that does not connect; nothing was done. 130 and 143: stopped by a signal.
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Any
 
 import click
 
-from .. import AwaitlyError, SchemaMissing, __version__
+from .. import AlreadyRunning, AwaitlyError, SchemaMissing, __version__
+from .._worker import quiet_the_driver
 from ..store.rows import printable
-from .arguments import WrongInput, place_options
+from .arguments import WrongInput, command_line, place_options
 from .checking import check
 from .housekeeping import delete, init, prune
 from .looking import list_, show, stats, watch
@@ -33,6 +33,9 @@ class _Commands(click.Group):
                 f"{error.message} 'awaitly-postgres init' creates the tables; if they exist under "
                 "another name, give --table and --schema."
             ) from None
+        except AlreadyRunning as error:
+            at_once = f"{command_line('unlock', error.id)} frees it at once."
+            raise click.ClickException(printable(f"{error} {at_once}")) from None
         except AwaitlyError as error:
             raise click.ClickException(printable(str(error), keep="\n\t")) from None
         except KeyboardInterrupt:
@@ -48,11 +51,15 @@ def cli(ctx: click.Context, /, **place: Any) -> None:
 
     Exit status: 0 done; 1 something failed; 2 wrong input, or no connection: nothing was done.
     """
-    # A pool that cannot connect logs each attempt; the command prints one message instead.
-    logging.getLogger("psycopg").addHandler(logging.NullHandler())
+    quiet_the_driver()  # it logs each attempt to connect; the command prints one message instead
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     given = {name: value for name, value in place.items() if value}
+    if given and ctx.invoked_subcommand in ("resume", "check"):
+        options = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise click.UsageError(
+            f"'{ctx.invoked_subcommand}' takes no {options}: it uses the store of MODULE:DURABLE"
+        )
     ctx.default_map = dict.fromkeys(cli.commands, given)
 
 

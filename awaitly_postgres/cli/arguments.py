@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -14,7 +15,7 @@ from typing import Any
 import click
 from attrs import frozen
 
-from .. import SnapshotStore, StoreError, postgres
+from .. import SnapshotStore, StoreError, StoreUnavailable, postgres
 from ..store.rows import STATES, RunInfo, check_id, printable
 
 
@@ -100,11 +101,13 @@ class Place:
         return click.get_current_context().with_resource(store)
 
 
-def ping(store: SnapshotStore) -> None:
-    """Raise `WrongInput` unless the server answers."""
+def ping(store: SnapshotStore, *, may_be_away: bool = False) -> None:
+    """Raise `WrongInput` unless the server answers, or ``may_be_away`` and cannot be reached."""
     try:
         store.ping()
     except StoreError as error:
+        if may_be_away and isinstance(error, StoreUnavailable):
+            return
         raise WrongInput(printable(str(error), keep="\n\t")) from None
 
 
@@ -129,7 +132,9 @@ def on_a_store(command: Callable[..., None]) -> Callable[..., None]:
 # -- which runs ----------------------------------------------------------------------------
 
 prefix_option = click.option("--prefix", default="", help="only ids that start with this")
-state_option = click.option("--state", type=click.Choice(STATES), help="only in this state")
+state_option = click.option(
+    "--state", "--status", "state", type=click.Choice(STATES), help="only in this state"
+)
 json_option = click.option("--json", "as_json", is_flag=True, help="JSON instead of text")
 
 
@@ -146,6 +151,11 @@ def stored(store: SnapshotStore, ids: Sequence[str]) -> list[RunInfo]:
     if unknown := [id for id in ids if id not in found]:
         raise not_stored(unknown)
     return rows
+
+
+def command_line(name: str, id: str) -> str:
+    """Return a command line to type, for a message; ``id`` is the one in the table."""
+    return f"'awaitly-postgres {name} {shlex.quote(id)}'"
 
 
 def not_stored(ids: Sequence[str]) -> WrongInput:

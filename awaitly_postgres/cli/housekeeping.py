@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from .. import SchemaMissing
-from ..store.rows import STATUSES
-from .arguments import Place, duration, id_, on_a_store, prefix_option, stored
+from ..store.rows import STATES, printable
+from .arguments import Place, command_line, duration, id_, on_a_store, prefix_option, stored
 from .text import err, out
 
 
@@ -37,9 +38,17 @@ def init(place: Place, sql: bool) -> None:
 @on_a_store
 @click.argument("ids", metavar="ID...", nargs=-1, required=True, type=id_)
 def delete(place: Place, ids: tuple[str, ...]) -> None:
-    """Delete workflows; none if one of the ids is unknown."""
+    """Delete workflows; none if one of the ids is unknown or running."""
     store = place.store()
-    stored(store, ids)
+    for row in stored(store, ids):
+        if row.holder is not None:  # it would store the run again with its next step
+            raise click.ClickException(
+                printable(
+                    f"{row.id!r} is held by {row.held_by}, so nothing was deleted. First end it: "
+                    f"{command_line('cancel', row.id)}; or, if that process is dead, "
+                    f"{command_line('unlock', row.id)}"
+                )
+            )
     out.print(f"{store.delete_many(ids):,} deleted")
 
 
@@ -47,10 +56,12 @@ def delete(place: Place, ids: tuple[str, ...]) -> None:
 @on_a_store
 @prefix_option
 @click.option(
+    "--state",
     "--status",
-    type=click.Choice([*STATUSES, "any"]),
+    "state",
+    type=click.Choice([*STATES, "any"]),
     default="completed",
-    help="only with this status [completed]",
+    help="only in this state [completed]",
 )
 @click.option(
     "--older-than", metavar="AGE", type=duration, required=True, help="30d, 12h, 1d12h, 2w"
@@ -58,14 +69,14 @@ def delete(place: Place, ids: tuple[str, ...]) -> None:
 @click.option("--batch-size", metavar="N", type=click.IntRange(1, 100_000), default=1000)
 @click.option("--dry-run", is_flag=True, help="only count")
 def prune(
-    place: Place, prefix: str, status: str, older_than: timedelta, batch_size: int, dry_run: bool
+    place: Place, prefix: str, state: Any, older_than: timedelta, batch_size: int, dry_run: bool
 ) -> None:
     """Delete workflows that have not changed for AGE, in batches.
 
     It can be interrupted and run again. Workflows that are running are not deleted.
     """
-    chosen = None if status == "any" else status
-    clear = functools.partial(place.store(prefix).prune, older_than, status=chosen)
+    chosen = None if state == "any" else state
+    clear = functools.partial(place.store(prefix).prune, older_than, status=None, state=chosen)
     if dry_run:
         out.print(f"{clear(dry_run=True):,} would be deleted")
         return

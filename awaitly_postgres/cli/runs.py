@@ -7,9 +7,11 @@ from typing import Any
 import click
 
 from .. import Durable, NotSerializable
+from .._worker import ANY, Signals
 from ..store.rows import printable
 from .arguments import (
     Place,
+    command_line,
     id_,
     json_value,
     limit_option,
@@ -19,9 +21,7 @@ from .arguments import (
     stored,
 )
 from .text import out, span
-from .worker import Stopped, Worker, import_durable
-
-_ANY = 10**9  # runs
+from .worker import Worker, import_durable
 
 
 @click.command()
@@ -71,18 +71,19 @@ def resume(
     """
     if ids and (loop or limit or prefix or workers > 1):
         raise click.UsageError("give either ids, or --prefix, --limit, --workers and --loop")
-    ping(durable.store)
+    ping(durable.store, may_be_away=bool(loop))  # a loop says so in each pass, and goes on
     for row in stored(durable.store, ids) if ids else ():
         if row.state in ("completed", "cancelled", "running"):
-            click.echo(printable(f"{row.id!r} is already {row.state}"), err=True)
-    worker = Worker(durable, verbose, workers)
-    try:
-        with worker.listening():
-            if loop:
-                worker.loop(prefix, limit or _ANY, loop)
-            worker.once(ids, prefix, limit or _ANY)
-    except Stopped:
-        ctx.exit(0 if loop else 128 + worker.stopped_by)
+            told = f"{row.id!r} is already {row.state}"
+            if row.state == "running":
+                unlock = command_line("unlock", durable.store.prefix + row.id)
+                told += f" on {row.held_by}; if that process is dead, {unlock} frees it"
+            click.echo(printable(told), err=True)
+    worker = Worker(durable, Signals(loops=bool(loop)), verbose, workers)
+    with worker.signals.listening():
+        if loop:
+            worker.loop(prefix, limit or ANY, loop)
+        worker.once(ids, prefix, limit or ANY)
     ctx.exit(1 if worker.counts["failed"] else 0)
 
 

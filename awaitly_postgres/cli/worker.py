@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -18,12 +16,9 @@ from attrs import define, field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from .. import Durable, Outcome, StoreUnavailable, WorkflowSuspended
-from ..store.rows import printable
+from .._worker import Signals
+from ..store.rows import printable, verdict
 from .text import Line, err, in_lines, out, span, write
-
-
-class Stopped(BaseException):
-    """A signal arrived, and the workflow that was running has ended."""
 
 
 def import_durable(target: str) -> Durable:
@@ -54,11 +49,10 @@ class Worker:
     """Resumes workflows and reports each. After a signal it starts no more."""
 
     durable: Durable
+    signals: Signals
     verbose: bool = False
     workers: int = 1
     counts: Counter[str] = field(factory=Counter)
-    stopped_by: int = 0
-    _asleep: bool = False
 
     def once(self, ids: Sequence[str], prefix: str, limit: int) -> None:
         """Resume these ids, or else all pending runs; with a progress bar on a terminal."""
@@ -87,7 +81,7 @@ class Worker:
                 self._pass((), prefix, limit, self._print)
             except StoreUnavailable as error:
                 click.echo(printable(f"{error}; trying again in {pause:g} s"), err=True)
-            self._sleep(pause)
+            self.signals.sleep(pause)
 
     def _print(self, outcome: Outcome, lines: Sequence[Line]) -> None:
         if outcome.status == "failed":
@@ -111,8 +105,7 @@ class Worker:
             seconds = now - started if self.workers == 1 else None
             show(outcome, _lines(outcome, seconds, self.verbose))
             started = now
-            if self.stopped_by:
-                raise Stopped
+            self.signals.exit_if_stopped()
 
         if not ids:
             self.durable.resume_pending(
@@ -120,34 +113,6 @@ class Worker:
             )
         for id in ids:
             report(self.durable.try_resume(id))
-
-    def _sleep(self, seconds: float) -> None:
-        with suppress(KeyboardInterrupt):
-            self._asleep = True
-            if not self.stopped_by:
-                time.sleep(seconds)
-            self._asleep = False
-        if self.stopped_by:
-            raise Stopped
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM stop the worker after the current workflow; a second one, now."""
-
-        def stop(signum: int, frame: object) -> None:
-            at_once = self._asleep or self.stopped_by
-            self.stopped_by = signum
-            if at_once:
-                raise KeyboardInterrupt
-            # os.write, not print: the signal may have interrupted a print, which is not reentrant.
-            os.write(2, b"stopping after the current workflow; repeat to stop now\n")
-
-        before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
 
 def _lines(outcome: Outcome, seconds: float | None, verbose: bool) -> list[Line]:
@@ -162,4 +127,7 @@ def _lines(outcome: Outcome, seconds: float | None, verbose: bool) -> list[Line]
     first, *others = in_lines(f"{type(error).__name__}: {error}")
     if verbose and outcome.status == "failed":
         others = in_lines("".join(traceback.format_exception(error)).rstrip("\n"))
-    return [[*line, (f"  {first}", "")], *([(f"    {other}", "")] for other in others)]
+    line.append((f"  {first}", ""))
+    if outcome.status == "failed" and (told := verdict(outcome.attempts, outcome.retry_at)):
+        line.append((f" ({told})", ""))
+    return [line, *([(f"    {other}", "")] for other in others)]

@@ -229,12 +229,9 @@ class Database:
         diag = getattr(error, "diag", None)
         detail = (diag.message_primary if diag else None) or str(error)
         if isinstance(error, (pg.UndefinedTable, pg.InvalidSchemaName)):
-            return SchemaMissing(f"a table or schema is missing ({detail}).", self.ddl())
+            return self._schema_missing(f"a table or schema is missing ({detail}).")
         if isinstance(error, PoolTimeout):
-            return StoreUnavailable(
-                f"no connection to PostgreSQL within {self.retry_for:g} s: the server is not "
-                "reachable, or every pooled connection is busy (raise max_size)."
-            )
+            return self._why_there_is_no_connection()
         if isinstance(error, PoolClosed):
             return StoreError("the store's pool is closed, or was never opened; open it first")
         if state is None and isinstance(error, psycopg.OperationalError):
@@ -243,7 +240,27 @@ class Database:
             return StoreUnavailable(
                 f"PostgreSQL is not available: {detail} (SQLSTATE {state}). Try again later."
             )
-        return StoreError(f"PostgreSQL refused the statement: {detail} (SQLSTATE {state})")
+        refusal = f"PostgreSQL refused the statement: {detail} (SQLSTATE {state})"
+        if isinstance(error, pg.ReadOnlySqlTransaction):
+            refusal += (
+                ". This server is read-only, perhaps a standby: connect to the primary, e.g. with "
+                "target_session_attrs=read-write."
+            )
+        return StoreError(refusal)
+
+    def _why_there_is_no_connection(self) -> AwaitlyError:
+        """Return the error for a pool that lends no connection, which does not say why."""
+        reason = "the server is not reachable, or every pooled connection is busy"
+        try:
+            if self.pool.connect_once():
+                reason = "the server answers, but every pooled connection is busy"
+        except psycopg.Error as refused:
+            return self.translate(refused)
+        except AwaitlyError as malformed:
+            return malformed
+        return StoreUnavailable(
+            f"no connection to PostgreSQL within {self.retry_for:g} s: {reason} (raise max_size)."
+        )
 
     def _run_on(self, conn: Connection, work: Callable[[Connection], T]) -> T:
         if not isinstance(conn, psycopg.Connection):
@@ -264,6 +281,9 @@ class Database:
     def ddl(self) -> str:
         """Return the statements that create the schema."""
         return "".join(self.sql.ddl.values())
+
+    def _schema_missing(self, message: str) -> SchemaMissing:
+        return SchemaMissing(message, self.ddl(), self.pool.migrate)
 
     def _missing(self, conn: Connection) -> tuple[list[str], bool]:
         """Return the missing tables, and whether all exist and are committed."""
@@ -299,10 +319,8 @@ class Database:
         except (pg.InsufficientPrivilege, pg.ReadOnlySqlTransaction, *_MADE_BY_OTHERS) as error:
             if not self._missing(conn)[0]:
                 return
-            raise SchemaMissing(
-                "the tables are missing and cannot be created here "
-                f"({error.diag.message_primary}).",
-                self.ddl(),
+            raise self._schema_missing(
+                f"the tables are missing and cannot be created here ({error.diag.message_primary})."
             ) from error
 
     def _refuse_on_a_citus_worker(self, conn: Connection) -> None:

@@ -44,6 +44,7 @@ _SILENCE = 30  # seconds after which a connection without any traffic is conside
 class Pool(ABC):
     """Lends connections; a subclass says where they come from."""
 
+    migrate: str = field(default="", init=False)  # the command that creates the tables, if any
     has_worked: bool = field(default=False, init=False)
     _pool: ConnectionPool[Any] | None = field(default=None, init=False)
     _closed: bool = field(default=False, init=False)
@@ -151,14 +152,18 @@ class Pool(ABC):
             with suppress(psycopg.Error):
                 self._pool.check()
 
-    def connect_once(self) -> None:
-        """Connect without the pool, which does not say why it cannot connect."""
+    def connect_once(self) -> bool:
+        """Connect without the pool, which does not say why it cannot; return whether it was tried.
+
+        A caller's pool may compute its settings for each connection, and then it is not tried.
+        """
         pool = self._pool
         if pool is None or callable(pool.conninfo) or callable(pool.kwargs):
-            return
+            return False
         parse_conninfo(pool.conninfo)
         kwargs = {"connect_timeout": CONNECT_TIMEOUT, **(pool.kwargs or {})}
         psycopg.connect(pool.conninfo, **kwargs).close()
+        return True
 
     def scrub(self, text: str) -> str:
         """Remove the password from a message of the driver."""

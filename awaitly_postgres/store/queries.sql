@@ -1038,24 +1038,26 @@ FROM unnest(%(tables)s::text[]) AS name
 -- Housekeeping -------------------------------------------------------------------------------
 
 -- name: prunable
--- The snapshots that prune() deletes next: old, and not leased.
-SELECT id FROM {snapshots} s
+-- The snapshots that prune() deletes next: old, and not leased. For states of unfinished runs the
+-- partial index is used, as in runs.
+SELECT s.id FROM {snapshots_and_leases}
 WHERE updated_at < statement_timestamp() - make_interval(secs => %(age)s)
-    AND {not_leased}
+    AND l.workflow_id IS NULL
     {and_in_range}
     AND COALESCE({status}, 'running') = %(status)s::text  -- if status
+    AND {unfinished} AND %(unfinished)s::bool             -- if unfinished
+    AND {state} = %(state)s::text                         -- if state
 ORDER BY updated_at
 LIMIT %(limit)s::bigint
 
 -- name: delete_many
--- With an age, it deletes only rows that are still that old: a run may have been resumed since
--- prunable listed it.
-DELETE FROM {snapshots}
+-- With an age, it deletes only rows that are still that old and not leased: a run may have been
+-- resumed since prunable listed it. Each condition has a line of its own, without OR, so that Citus
+-- sees that the tables are joined by id.
+DELETE FROM {snapshots} s
 WHERE id = ANY(%(ids)s::text[])
-    AND (
-        %(age)s::float8 IS NULL
-        OR updated_at < statement_timestamp() - make_interval(secs => %(age)s::float8)
-    )
+    AND updated_at < statement_timestamp() - make_interval(secs => %(age)s)  -- if age
+    AND {not_leased}                                                         -- if age
 RETURNING id
 
 -- name: delete_many_journals -- if journal

@@ -19,12 +19,13 @@ from .. import _json
 from .._checks import check_id, moment, read_time
 from ..errors import NotSerializable, SnapshotFormatError
 from ..snapshot import OURS, STATUSES, Steps, WorkflowSnapshot, as_mapping
-from .text import age, elide, printable, span
+from .text import age, elide, printable, span, verdict
 
 __all__ = [
     "STATES", "STATUSES", "RunInfo", "SnapshotInfo", "State", "StepInfo", "StoreStats", "age",
     "check_id", "check_state", "elide", "elide_steps", "fold_maps", "is_input", "maps_of",
     "printable", "read_time", "reasons", "span", "steps_of",
+    "verdict",
 ]  # fmt: skip
 
 State = Literal["pending", "running", "waiting", "retrying", "completed", "failed", "cancelled"]
@@ -262,6 +263,12 @@ def page_after(after: SnapshotInfo | RunInfo | None, prefix: str) -> dict[str, s
     if not isinstance(after, (SnapshotInfo, RunInfo)):
         raise TypeError(f"after must be the last entry of the previous page, not {after!r:.80}")
     return {"after_time": after.updated_at.isoformat(), "after_id": prefix + after.id}
+
+
+def in_state(state: str | None) -> dict[str, Any]:
+    """Return the parameters of a statement that reads only runs in ``state``; None for any."""
+    unfinished = state is not None and state != "completed"
+    return {"state": check_state(state), "unfinished": unfinished or None}
 
 
 def steps_of(snapshot: WorkflowSnapshot) -> list[StepInfo]:

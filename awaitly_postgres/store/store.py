@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 from attrs import define
@@ -27,6 +26,7 @@ from .rows import (
     check_state,
     decode_snapshot,
     encode_snapshot,
+    in_state,
     page_after,
 )
 from .statements import Statements, filtered, prefix_bounds
@@ -101,16 +101,14 @@ class SnapshotStore:
     def delete(self, id: str, *, conn: Connection | None = None) -> bool:
         """Delete the snapshot stored as ``id``; return whether there was one."""
         params = {"id": self.key(id)}
-        return bool(
-            self._db.run_once(lambda conn: fetch(conn, self._sql.delete, params), conn)[0][0]
-        )
+        rows = self._db.run_once(lambda conn: fetch(conn, self._sql.delete, params), conn)
+        return bool(rows[0][0])
 
     def delete_many(self, ids: Iterable[str]) -> int:
         """Delete the snapshots stored under these ids; return how many there were."""
         if isinstance(ids, str):
             raise TypeError("ids must be an iterable of ids, not one string; for one, use delete()")
-        keys = [self.key(id) for id in ids]
-        return self._delete_keys(keys)
+        return self._delete_keys([self.key(id) for id in ids])
 
     def _clear(self) -> int:
         """Delete everything (under the store's prefix); return how many snapshots there were."""
@@ -195,6 +193,7 @@ class SnapshotStore:
         older_than: timedelta,
         *,
         status: str | None = "completed",
+        state: State | None = None,
         batch_size: int = 1000,
         dry_run: bool = False,
         on_progress: Callable[[int], object] | None = None,
@@ -206,7 +205,8 @@ class SnapshotStore:
 
         Args:
             older_than: minimum age, by the server's clock.
-            status: only snapshots with this status; None for any.
+            status: only snapshots with this stored status; None for any.
+            state: instead of ``status``: only runs that are in this one of the seven states.
             batch_size: snapshots per transaction.
             dry_run: only count, delete nothing.
             on_progress: called after each batch with the number deleted (or counted) so far.
@@ -218,19 +218,21 @@ class SnapshotStore:
         if age < 0:
             raise ValueError(f"older_than must not be negative, but is {older_than}")
         batch_size = check_limit(batch_size, "batch_size")
-        params = {**self._range(""), "status": check_status(status), "age": age}
+        params = {
+            **self._range(""),
+            **in_state(state),
+            "status": check_status(status) if state is None else None,
+            "age": age,
+            "limit": None if dry_run else batch_size,
+        }
+        report = on_progress or (lambda done: None)
         if dry_run:
-            params["limit"] = None
-            done = len(self._listed(self._sql.prunable, params))
-            if on_progress is not None:
-                on_progress(done)
+            report(done := len(self._listed(self._sql.prunable, params)))
             return done
         done = 0
-        params["limit"] = batch_size
         while found := self._listed(self._sql.prunable, params):
             done += self._delete_batch([row[0] for row in found], age)
-            if on_progress is not None:
-                on_progress(done)
+            report(done)
         if self._sql.journal:
             self._db.count(self._sql.sweep_journal, {})
         self._db.count(self._sql.sweep_locks, {"age": age})
@@ -344,12 +346,7 @@ class SnapshotStore:
     def __enter__(self) -> SnapshotStore:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -388,8 +385,10 @@ class SnapshotStore:
         return self._db.rows(filtered(statement, params), params, conn, custom_plan=custom_plan)
 
     def _delete_batch(self, keys: Sequence[str], age: float | None) -> int:
+        params = {"ids": keys, "age": age}
+
         def work(conn: Connection) -> int:
-            gone = [row[0] for row in fetch(conn, sql.delete_many, {"ids": keys, "age": age})]
+            gone = [row[0] for row in fetch(conn, filtered(sql.delete_many, params), params)]
             if sql.journal:
                 execute(conn, sql.delete_many_journals, {"ids": gone})
             return len(gone)

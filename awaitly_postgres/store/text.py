@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timezone
+
 
 def printable(text: str, keep: str = "") -> str:
     """Escape control characters: ids and messages can contain any text."""
@@ -38,6 +40,19 @@ def age(seconds: float) -> str:
         if whole >= 2 * size:
             return f"{whole // size}{unit}"
     return f"{whole}s"
+
+
+def verdict(attempts: int, retry_at: datetime | None) -> str:
+    """Write what becomes of a failed run: ``attempt 3, again in 4.0 s`` or that it was given up.
+
+    Empty if it was not started at all.
+    """
+    if not attempts:
+        return ""
+    if retry_at is None:
+        return f"given up after {attempts} attempt{'' if attempts == 1 else 's'}"
+    left = (retry_at - datetime.now(timezone.utc)).total_seconds()
+    return f"attempt {attempts}, again in {span(max(left, 1.0))}"  # the clocks may differ
 
 
 def elide(text: str, most: int | None, sign: str = "…") -> str:

@@ -13,6 +13,8 @@ from ..errors import NotSerializable, SnapshotFormatError
 
 T = TypeVar("T")
 
+_ASYNC = "its function is async; call asyncio.run() inside a blocking function instead"
+
 
 class Codec(Protocol):
     """Converts values to JSON and back, for arguments and results that are not plain JSON.
@@ -49,6 +51,9 @@ class Codec(Protocol):
 def encode(codec: Codec | None, value: Any, subject: str) -> str:
     """Return ``value`` as JSON text; raise a `NotSerializable` that names ``subject``."""
     try:
+        if inspect.iscoroutine(value):
+            value.close()  # otherwise Python warns that it was never awaited
+            raise NotSerializable("$", _ASYNC)
         if codec is not None:
             try:
                 value = codec.encode(value)

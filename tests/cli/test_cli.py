@@ -60,6 +60,10 @@ def checkout(step, user):
         step("charge", decline)
     return step("charge", str.upper, user)
 
+@durable.workflow(max_attempts=2)
+def hopeless(step):
+    step("charge", decline)
+
 @durable.workflow
 def gated(step, name):
     return step("gate", gate, name)
@@ -74,6 +78,10 @@ def busy(step, other):
 def checkout(step: Step, user: str) -> str:
     """Stands for the workflow of the same name in FLOWS."""
     return step("charge", str.upper, user)
+
+
+def hopeless(step: Step) -> None:
+    """Stands for the workflow of the same name in FLOWS."""
 
 
 def gated(step: Step, name: str) -> str:
@@ -478,9 +486,10 @@ def test_each_state_is_listed_with_what_comes_next(
         "cancelled": ("cancelled", "-"),
         "held": ("running", "-"),
     }
-    for state in STATES:
-        listed = json.loads(run("list", "--json", "--state", state).stdout)
-        assert {row["state"] for row in listed} == {state}
+    for option in ("--state", "--status"):
+        for state in STATES:
+            listed = json.loads(run("list", "--json", option, state).stdout)
+            assert {row["state"] for row in listed} == {state}
 
 
 @pytest.mark.parametrize("arguments", [["list"], ["show", "evil\x1b[31m\nred"]])
@@ -746,6 +755,23 @@ def test_delete_deletes_these_and_nothing_if_one_is_unknown(
     assert set(statuses(db)) == {"c"}
 
 
+def test_delete_refuses_a_run_that_a_process_holds(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """Its next step would store it again; the message names the holder and what to do instead."""
+    for id in ("free", "it's held"):
+        store.save(id, snapshot(1, "running", workflow="w"))
+    held = store.try_acquire("it's held", ttl=600)
+    done = run("delete", "free", "it's held")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert held.token.rpartition(":")[0] in done.stderr
+    for command in ("cancel", "unlock"):
+        assert f"""'awaitly-postgres {command} 'it'"'"'s held''""" in done.stderr
+    assert set(statuses(db)) == {"free", "it's held"}
+    assert run("unlock", "it's held", "--yes").returncode == 0
+    assert run("delete", "it's held").stdout == "1 deleted\n"
+
+
 @pytest.fixture
 def aged(store: SnapshotStore, db: psycopg.Connection) -> None:
     """Two old completed rows, an old failed and a new completed one."""
@@ -762,6 +788,7 @@ def aged(store: SnapshotStore, db: psycopg.Connection) -> None:
         (["--older-than", "1d"], "a:1 b:1"),
         (["--older-than", "1d11h", "--prefix", "a:"], "a:1"),
         (["--older-than", "1d", "--status", "failed"], "a:2"),
+        (["--older-than", "1d", "--state", "failed"], "a:2"),
         (["--older-than", "90m", "--status", "any", "--batch-size", "1"], "a:1 a:2 b:1"),
         (["--older-than", "2d"], ""),
         (["--older-than", "1d", "--dry-run"], ""),
@@ -776,6 +803,37 @@ def test_prune_deletes_what_is_old(
     assert {"a:1", "b:1", "a:2", "a:3"} - set(statuses(db)) == set(gone.split())
     counted = 2 if "--dry-run" in arguments else len(gone.split())
     assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, str(counted), "")
+
+
+def test_prune_of_failed_runs_keeps_those_that_are_not_failed_for_good(
+    run: Run, store: SnapshotStore, db: psycopg.Connection
+) -> None:
+    """A run that waits for its next attempt is stored as failed, and so is a cancelled one."""
+    past, future = "2026-01-01T00:00:00.000Z", "2999-01-01T00:00:00.000Z"
+    for id, status, metadata in (
+        ("retrying", "failed", {"wakeAt": future}),
+        ("due", "failed", {"wakeAt": past}),
+        ("given-up", "failed", {"gaveUpAt": past}),
+        ("cancelled", "failed", {"cancelledAt": past}),
+        ("pending", "running", {}),
+        ("waiting", "running", {"waits": {"go": None}, "wakeAt": future}),
+        ("completed", "completed", {}),
+    ):
+        store.save(id, snapshot(1, status, workflow="w", **metadata))
+    store.save("held", snapshot(1, "failed", workflow="w", gaveUpAt=past))
+    store.try_acquire("held", ttl=600)
+    db.execute("UPDATE awaitly_snapshots SET updated_at = now() - interval '2 days'")
+    before = set(statuses(db))
+    dry = run("prune", "--older-than", "1d", "--status", "failed", "--dry-run")
+    assert dry.stdout == "1 would be deleted\n"
+    assert run("prune", "--older-than", "1d", "--status", "failed").stdout == "1 deleted\n"
+    assert before - set(statuses(db)) == {"given-up"}
+    for state, gone in (("retrying", {"due", "retrying"}), ("waiting", {"waiting"})):
+        before = set(statuses(db))
+        assert run("prune", "--older-than", "1d", "--state", state).returncode == 0
+        assert before - set(statuses(db)) == gone
+    assert run("prune", "--older-than", "1d", "--state", "any").stdout == "3 deleted\n"
+    assert set(statuses(db)) == {"held"}
 
 
 @pytest.mark.usefixtures("aged")
@@ -804,10 +862,23 @@ def test_resume_in_cron_prints_failures_to_stderr_and_fails_if_one_failed(
     told = [line.split()[:2] for line in done.stdout.splitlines()]
     assert told == ([["completed", "a"], ["completed", "c"]] if verbose else [])
     failed, *others = done.stderr.splitlines()
-    assert re.fullmatch(r"failed     b  \S+ [mµ]?s  CardDeclined: no funds", failed)
+    assert re.fullmatch(
+        r"failed     b  \S+ [mµ]?s  CardDeclined: no funds \(attempt 1, .*\)", failed
+    )
     assert ("    Traceback (most recent call last):" in others) is verbose
     assert bool(others) is verbose
     assert statuses(db) == {"a": "completed", "b": "failed", "c": "completed"}
+
+
+def test_a_failure_says_whether_it_is_final(run: Run, durable: Durable) -> None:
+    """It has the number of the attempt and when the next one is due, or that there is none."""
+    durable.submit("a", durable.workflow(hopeless))
+    input = {"args": [], "kwargs": {}}
+    durable.store.save("none", snapshot(0, "running", workflow="unknown", input=input))
+    told = [run("resume", "flows:durable", "a").stderr for _ in range(2)]
+    assert "CardDeclined: no funds (attempt 1, again in 1.0 s)\n" in told[0]
+    assert "CardDeclined: no funds (given up after 2 attempts)\n" in told[1]
+    assert "attempt" not in run("resume", "flows:durable", "none").stderr
 
 
 def test_resume_is_silent_unless_something_failed(run: Run, durable: Durable) -> None:
@@ -882,13 +953,14 @@ def test_resume_of_an_id_that_is_not_resumed_says_so(run: Run, durable: Durable)
         durable.submit(id, durable.workflow(checkout), "ada")
     durable.resume("done")
     durable.cancel("over")
-    durable.store.try_acquire("held", ttl=600)
+    held = durable.store.try_acquire("held", ttl=600)
     ended = run("resume", "flows:durable", "done", "over", "held")
     assert (ended.returncode, ended.stdout) == (0, "")
     assert ended.stderr.splitlines() == [
         "'done' is already completed",
         "'over' is already cancelled",
-        "'held' is already running",
+        f"'held' is already running on {held.token.rpartition(':')[0]}; "
+        "if that process is dead, 'awaitly-postgres unlock held' frees it",
     ]
 
 
@@ -963,19 +1035,26 @@ def test_a_worker_stops_after_the_current_workflow(
     assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("arguments", [[], ["--loop", "1"]], ids=str)
 def test_a_second_signal_stops_at_once_and_frees_the_workflow(
-    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, tmp_path: Path
+    worker: Callable[..., Any],
+    durable: Durable,
+    db: psycopg.Connection,
+    tmp_path: Path,
+    arguments: list[str],
+    signum: int,
 ) -> None:
     """Told twice, a worker abandons what it does; its lease is given back, no traceback shown."""
     os.mkfifo(tmp_path / "gate")
     durable.submit("a", durable.workflow(gated), "gate")
-    process = worker()
+    process = worker(*arguments)
     process.stdout.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     process.stderr.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signum)
     out, err = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, out, err) == (130, "", "")
+    assert (process.returncode, out, err) == (128 + signum, "", "")
     assert statuses(db) == {"a": "running"}
     assert db.execute("SELECT * FROM awaitly_workflow_lock").fetchall() == []
 
@@ -1089,6 +1168,28 @@ def test_a_worker_outlives_an_outage(
     assert process.wait(PATIENCE) == 0
 
 
+def test_a_worker_that_starts_during_an_outage_waits_for_its_end(
+    worker: Callable[..., Any], durable: Durable, db: psycopg.Connection, url: str, role: str
+) -> None:
+    """As after a restart of the machine, where the database may come up later."""
+    durable.submit("first", durable.workflow(checkout), "ada")
+    db.execute(f"ALTER ROLE {role} NOLOGIN")
+    address = make_conninfo(url, user=role, password="pw")  # noqa: S106
+    process = worker("--loop", "0.1", "--verbose", DATABASE_URL=address, RETRY_FOR="0.1")
+    assert "trying again in 0.1 s" in process.stderr.readline()
+    db.execute(f"ALTER ROLE {role} LOGIN")
+    assert process.stdout.readline().split()[:2] == ["completed", "first"]
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("loop", [[], ["--loop", "1"]], ids=str)
+def test_a_malformed_address_is_wrong_input_for_a_worker(run: Run, loop: list[str]) -> None:
+    """No outage ends that, so a loop does not wait for it either."""
+    done = run("resume", "flows:durable", *loop, DATABASE_URL="postgresql://a@b:port/db")
+    assert refused(done, "malformed")
+
+
 # -- signal, cancel, unlock ----------------------------------------------------------------
 
 
@@ -1170,6 +1271,27 @@ def test_unlock_needs_a_yes_where_nobody_can_be_asked(run: Run, store: SnapshotS
 # -- what goes wrong -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("command", ["resume", "check"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        ["--url", "postgresql://127.0.0.1:1/x"],
+        ["--schema", "s"],
+        ["--table", "t"],
+        ["--lock-table", "t"],
+        ["--no-journal"],
+    ],
+    ids=str,
+)
+def test_a_place_is_refused_by_commands_that_use_the_store_of_the_durable(
+    run: Run, durable: Durable, place: list[str], command: str
+) -> None:
+    """Ignored, it would let them work on another database than the one that was named."""
+    durable.submit("a", durable.workflow(checkout), "ada")
+    assert refused(run(*place, command, "flows:durable"), place[0], "the store of MODULE:DURABLE")
+    assert durable.get("a").state == "pending"
+
+
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
@@ -1179,7 +1301,8 @@ def test_unlock_needs_a_yes_where_nobody_can_be_asked(run: Run, store: SnapshotS
         (["prune"], "--older-than"),
         (["list", "--limit", "0"], "--limit"),
         (["list", "--state", "done"], "--state"),
-        (["list", "--status", "failed"], "--status"),
+        (["list", "--status", "done"], "--status"),
+        (["prune", "--older-than", "1d", "--status", "done"], "--status"),
         (["list", "--table", "a-b"], "a-b"),
         (["list", "--schema", "no_such_schema"], "init"),
         (["show", "nope"], "nope"),

@@ -83,12 +83,13 @@ def test_an_unknown_step_or_run_is_wrong_input(run: Run, letters: Durable, comma
 
 
 def test_a_run_that_is_held_is_left_alone(run: Run, letters: Durable, store: SnapshotStore) -> None:
-    """It says who has it."""
+    """It says who has it, and what to do if that process is dead."""
     with store.lock("run") as lease:
         for command in (["rewind", "run", "a"], ["retry", "run"]):
             done = run(*command)
             assert done.exit_code == 1
             assert lease.token in done.stderr
+            assert "'awaitly-postgres unlock run'" in done.stderr
 
 
 def test_retry_makes_a_run_due(

@@ -10,15 +10,15 @@ import sys
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from types import SimpleNamespace
 
 import psycopg
 import pytest
 
-from awaitly_postgres import Durable, SnapshotStore, Step, StoreError, postgres
+from awaitly_postgres import Durable, SchemaMissing, SnapshotStore, Step, StoreError, postgres
 from tests.contrib.project import PAST, SHOP, alias, manage, order, payments, resume, stock
-from tests.support import eventually
+from tests.support import Proxy, eventually
 
 # -- accepted in a view, finished by the command -------------------------------------------
 
@@ -139,7 +139,7 @@ def test_a_failure_over_the_orm_is_rolled_back_and_reported(shop: SimpleNamespac
     id = order(shop, 11)
     done = resume(shop)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"failed     checkout-{id} (attempt 1): IntegrityError: " in done.stderr
+    assert f"failed     checkout-{id} (attempt 1, again in 1.0 s): IntegrityError: " in done.stderr
     assert "CommandError: 1 of 1 workflows failed" in done.stderr
     assert (stock(shop), payments(shop)) == (10, [""])
     shop.db.execute("UPDATE shop_product SET stock = 20")
@@ -228,9 +228,23 @@ def test_the_command_takes_a_prefix_and_a_limit(shop: SimpleNamespace) -> None:
         durable.submit(id, checkout, str(uuid.UUID(int=0)))  # there is no such order
     done = manage(shop.url, "resume_workflows", "--prefix", "a-", "--limit", "1", "--verbose")
     assert done.returncode == 1
-    assert "failed     a-1 (attempt 1): \nTraceback (most recent call last):\n" in done.stderr
+    failed, *others = done.stderr.splitlines()
+    assert failed.startswith("failed     a-1 (attempt 1, again in ")
+    assert others[0] == "Traceback (most recent call last):"
     assert "CommandError: 1 of 1 workflows failed" in done.stderr
     assert {run.id: run.attempts for run in durable.list()} == {"a-1": 1, "a-2": 0, "b-1": 0}
+
+
+def test_the_command_is_silent_about_a_connection_that_is_replaced(shop: SimpleNamespace) -> None:
+    """A lost connection of the store that cost nothing is no reason for a mail of cron's."""
+    durable = shop.workflows.durable
+    id = f"checkout-{order(shop)}"
+    with closing(Proxy(shop.url)) as proxy:
+        proxy.lose("reply", 5)
+        done = manage(proxy.url, "resume_workflows")
+        assert proxy.has_lost
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert durable.get(id).state == "completed"
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
@@ -262,6 +276,35 @@ def test_the_command_loops_until_it_is_stopped(
         assert command.wait(timeout=60) == 0
     assert payments(shop).count("") == 0
     assert stock(shop) == 7
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_stops_the_command_at_once(
+    shop: SimpleNamespace, signum: signal.Signals
+) -> None:
+    """The exit status says which one it was, and there is no traceback."""
+    order(shop)
+    with (
+        psycopg.connect(shop.url) as blocker,
+        subprocess.Popen(
+            [sys.executable, str(SHOP / "manage.py"), "resume_workflows", "--loop", "1"],
+            env={**os.environ, "DATABASE_URL": shop.url},
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as command,
+        ExitStack() as stack,
+    ):
+        stack.callback(command.kill)  # if anything fails in here
+        blocker.execute("SELECT FROM shop_product FOR NO KEY UPDATE")
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+        pid = (blocker.info.backend_pid,)
+        eventually(lambda: shop.db.execute(waiting, pid).fetchone(), "an update that waits")
+        command.send_signal(signum)
+        assert "stopping after the current workflow" in command.stderr.readline()
+        command.send_signal(signum)
+        assert command.communicate(timeout=60)[1] == ""
+        assert command.returncode == 128 + signum
+    assert stock(shop) == 10
 
 
 def test_the_command_runs_several_at_once(shop: SimpleNamespace) -> None:
@@ -481,6 +524,21 @@ def test_the_store_takes_on_the_role_that_django_assumes(
     alias(monkeypatch, "other", OPTIONS={"assume_role": "pg_monitor"})
     with store("other") as made:
         assert made._db.rows(b"SELECT current_user::text", {}) == [("pg_monitor",)]
+
+
+@pytest.mark.parametrize("name", ["default", "reports"])
+def test_missing_tables_are_a_matter_of_migrate(
+    site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The error names the command, and not the SQL, which a migration has to run."""
+    from awaitly_postgres.contrib.django import store
+
+    alias(monkeypatch, "reports")
+    with store(name, schema="nowhere") as made, pytest.raises(SchemaMissing) as caught:
+        made.load("a")
+    command = "manage.py migrate" if name == "default" else "manage.py migrate --database reports"
+    assert str(caught.value).endswith(f" Run '{command}'.")
+    assert "CREATE TABLE" in caught.value.ddl
 
 
 def test_the_store_uses_djangos_own_pool(

@@ -21,7 +21,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 from psycopg_pool import ConnectionPool
 
 from awaitly_postgres import (
@@ -328,6 +328,8 @@ def test_a_server_that_stays_away_is_given_up_in_time(own: Server) -> None:
                 store.save("order", SNAPSHOT)
             assert sum(paused) < 1.0
             assert isinstance(caught.value.__cause__, psycopg.Error)
+            with pytest.raises(StoreUnavailable, match=r"onnection refused|No such file"):
+                store.save("order", SNAPSHOT)  # the pool is empty now, and does not know why
         finally:
             own.control("restart")
 
@@ -347,6 +349,29 @@ def test_connections_killed_by_an_administrator_are_replaced(make_store: MakeSto
 
 
 # -- few connections -----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_pool_whose_connections_are_busy_says_so(make_store: MakeStore) -> None:
+    """The server answers, so it is the size of the pool that has to change."""
+    store = make_store(max_size=1, retry_for=0.1)
+    store.create_tables()
+    with (
+        store._db.pool.opened().connection(),
+        pytest.raises(StoreUnavailable, match="answers, but every pooled connection is busy"),
+    ):
+        store.load("order")
+
+
+def test_a_server_that_is_read_only_is_named(make_store: MakeStore, url: str) -> None:
+    """As a standby is, to which a failover or a wrong host may lead; reading works there."""
+    make_store().create_tables()
+    options = conninfo_to_dict(url)["options"]
+    read_only = make_conninfo(url, options=f"{options} -c default_transaction_read_only=on")
+    with postgres(read_only) as store:
+        assert store.load("order") is None
+        with pytest.raises(StoreError, match=r"read-only, .*target_session_attrs=read-write"):
+            store.save("order", SNAPSHOT)
 
 
 def test_two_connections_serve_fifty_threads(make_store: MakeStore, db: Db) -> None:

@@ -26,6 +26,7 @@ from awaitly_postgres.store.rows import (
     span,
     steps_of,
     traceback_of,
+    verdict,
 )
 
 LONG_AGO, FAR_OFF = "2000-01-01T00:00:00.000Z", "2999-01-01T00:00:00.000Z"
@@ -245,6 +246,18 @@ def test_text_is_escaped_and_cut() -> None:
     assert printable("a\n\x07", keep="\n") == "a\n\\x07"
     assert [elide("12345", n) for n in (None, 5, 4)] == ["12345", "12345", "123…"]
     assert elide("12345", 3, "...") == "..."
+
+
+def test_a_verdict_says_when_the_next_attempt_is_due() -> None:
+    """Or that there is none; nothing of a run that was not started."""
+    soon = datetime.now(timezone.utc) + timedelta(hours=2, seconds=30)
+    assert verdict(0, None) == ""
+    assert (verdict(1, None), verdict(8, None)) == (
+        "given up after 1 attempt",
+        "given up after 8 attempts",
+    )
+    assert verdict(3, soon) == "attempt 3, again in 2h00m"
+    assert verdict(3, soon - timedelta(days=1)) == "attempt 3, again in 1.0 s"  # it is due
 
 
 def test_durations_are_written_in_a_unit_that_leaves_few_digits() -> None:

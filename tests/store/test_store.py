@@ -285,6 +285,46 @@ def test_prune_deletes_what_is_completed_and_old(store: SnapshotStore, db: Db) -
     assert ids(db) == ["new-completed", "old-leased"]
 
 
+def test_prune_takes_a_state_instead_of_a_status(store: SnapshotStore, db: Db) -> None:
+    """A stored status says less: a failed run may be tried again, or be cancelled."""
+    for id, status, metadata in (
+        ("retrying", "failed", {"workflow": "w"}),
+        ("given-up", "failed", {"workflow": "w", "gaveUpAt": "2026-01-01T00:00:00.000Z"}),
+        ("cancelled", "failed", {"workflow": "w", "cancelledAt": "2026-01-01T00:00:00.000Z"}),
+        ("completed", "completed", {"workflow": "w"}),
+    ):
+        store.save(id, {**snapshot(status).to_json(), "metadata": metadata})
+    age(db, "2 days")
+    assert store.prune(timedelta(days=1), state="failed") == 1
+    assert ids(db) == ["cancelled", "completed", "retrying"]
+    with pytest.raises(ValueError, match="state must be one of"):
+        store.prune(timedelta(days=1), state="done")  # type: ignore[arg-type]
+    assert store.prune(timedelta(days=1), status="failed") == 2
+    assert ids(db) == ["completed"]
+
+
+@pytest.mark.parametrize("change", ["acquire", "save"])
+def test_prune_spares_what_is_taken_up_after_it_was_listed(
+    store: SnapshotStore, db: Db, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """Before the deletion is sent, another process may acquire the lease, or write the run."""
+    for id in ("a", "b"):
+        store.save(id, snapshot("failed"))
+    age(db, "2 days")
+    delete = SnapshotStore._delete_batch
+
+    def too_late(here: SnapshotStore, *batch: Any) -> int:
+        if change == "acquire":
+            assert store.try_acquire("a", ttl=600)
+        else:
+            store.save("a", snapshot("failed"))
+        return delete(here, *batch)
+
+    monkeypatch.setattr(SnapshotStore, "_delete_batch", too_late)
+    assert store.prune(timedelta(days=1), status="failed") == 1
+    assert ids(db) == ["a"]
+
+
 def test_prune_goes_in_batches_and_says_how_far_it_is(store: SnapshotStore, db: Db) -> None:
     """Progress counts up to the number returned, a batch at a time."""
     for n in range(7):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import subprocess
@@ -168,6 +169,18 @@ def test_a_result_that_is_not_json_ends_the_run_even_inside_except_exception() -
         run()
     assert list(run.snapshot().steps) == ["good"]
     assert swallowed == []
+
+
+def test_a_coroutine_is_refused_as_the_result_of_a_step() -> None:
+    """Nobody awaits it; the error says what to do, and Python does not warn as well."""
+
+    async def fetch() -> str:
+        return "page"
+
+    with pytest.raises(NotSerializable, match=r"step 'fetch'.* is async.*asyncio\.run\(\)"):
+        Workflow(lambda step: step("fetch", fetch))()
+    blocking = Workflow(lambda step: step("fetch", lambda: asyncio.run(fetch())))
+    assert blocking() == "page"
 
 
 @pytest.mark.parametrize("key", ["", "a\0b", "\ud800", "é" * 501, None, 1])

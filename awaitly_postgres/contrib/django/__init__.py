@@ -139,6 +139,11 @@ class _DjangoPool(OwnPool):
     using: str = attrs.field(kw_only=True)
     _made_for: tuple[Any, ...] = attrs.field(default=(), init=False)
 
+    def __attrs_post_init__(self) -> None:
+        where = "" if self.using == "default" else f" --database {self.using}"
+        self.migrate = f"manage.py migrate{where}"
+        super().__attrs_post_init__()
+
     def refuse_to_run_here(self) -> None:
         """Raise inside a transaction of Django's: its rollback would undo what the steps wrote."""
         for wrapper in {*connections.all(initialized_only=True), connections[self.using]}:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
-import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from django.conf import settings
@@ -19,13 +13,8 @@ from django.db import close_old_connections
 from django.utils.module_loading import import_string
 
 from awaitly_postgres import Durable, Outcome, StoreError, StoreUnavailable, WorkflowNotFound
-from awaitly_postgres.store.rows import printable
-
-_ANY = 10**9  # runs
-
-
-class _Stopped(BaseException):
-    """A signal arrived, and the workflow that was running has ended."""
+from awaitly_postgres._worker import ANY, Signals, quiet_the_driver
+from awaitly_postgres.store.rows import printable, verdict
 
 
 class Command(BaseCommand):
@@ -37,8 +26,7 @@ class Command(BaseCommand):
         "workflow, a second one stops it at once."
     )
     _counts: Counter[str]
-    _stopped_by = 0
-    _asleep = False
+    _signals: Signals
 
     def add_arguments(self, parser: Any) -> None:
         """Add the arguments: the Durable, and which of its runs to resume."""
@@ -65,12 +53,14 @@ class Command(BaseCommand):
 
     def handle(self, *args: str, **options: Any) -> None:
         """Resume runs, and report each as it ends."""
+        quiet_the_driver()
         durables, ids = _durables_and_ids(args)
         if ids and any(options[name] for name in ("prefix", "limit", "loop")):
             raise CommandError("give either ids, or --prefix, --limit and --loop")
         self._counts, pause = Counter(), options["loop"]
+        self._signals = Signals(loops=bool(pause))
         try:
-            with self._listening():
+            with self._signals.listening():
                 while True:
                     try:
                         self._pass(durables, ids, options)
@@ -80,9 +70,7 @@ class Command(BaseCommand):
                         self.stderr.write(printable(f"{error}; trying again in {pause:g} s"))
                     if not pause:
                         break
-                    self._sleep(pause)
-        except _Stopped:
-            sys.exit(0 if pause else 128 + self._stopped_by)
+                    self._signals.sleep(pause)
         except (StoreError, ValueError) as error:
             raise CommandError(str(error)) from error
         failed, total = self._counts["failed"], self._counts.total()
@@ -98,8 +86,7 @@ class Command(BaseCommand):
             self._counts[outcome.status] += 1
             self._tell(outcome, options)
             close_old_connections()  # as Django does between requests
-            if self._stopped_by:
-                raise _Stopped
+            self._signals.exit_if_stopped()
 
         close_old_connections()
         for id in ids:
@@ -107,7 +94,7 @@ class Command(BaseCommand):
         for durable in durables if not ids else ():
             durable.resume_pending(
                 prefix=options["prefix"],
-                limit=options["limit"] or _ANY,
+                limit=options["limit"] or ANY,
                 workers=options["workers"],
                 on_progress=report,
             )
@@ -118,9 +105,9 @@ class Command(BaseCommand):
             text = f"{type(error).__name__}: {printable(str(error))}"
             if options["verbose"] and error is not None:
                 text = printable("\n" + "".join(traceback.format_exception(error)), keep="\n")
-            self.stderr.write(
-                f"failed     {printable(outcome.id)} (attempt {outcome.attempts}): {text}"
-            )
+            told = verdict(outcome.attempts, outcome.retry_at)
+            told = f" ({told})" if told else ""
+            self.stderr.write(f"failed     {printable(outcome.id)}{told}: {text}")
         elif self._is_watched(options):
             styles = {"completed": self.style.SUCCESS, "suspended": self.style.WARNING}
             style = styles.get(outcome.status, str)
@@ -128,40 +115,6 @@ class Command(BaseCommand):
 
     def _is_watched(self, options: dict[str, Any]) -> bool:
         return bool(self.stdout.isatty() or options["verbose"] or options["verbosity"] > 1)
-
-    def _sleep(self, seconds: float) -> None:
-        try:
-            self._asleep = True
-            if not self._stopped_by:
-                time.sleep(seconds)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            self._asleep = False
-        if self._stopped_by:
-            raise _Stopped
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM stop the command after the current workflow; a second one, now."""
-
-        def stop(signum: int, frame: object) -> None:
-            at_once = self._asleep or self._stopped_by
-            self._stopped_by = signum
-            if at_once:
-                raise KeyboardInterrupt
-            # os.write, not print: the signal may have interrupted a print, which is not reentrant.
-            os.write(2, b"stopping after the current workflow; repeat to stop now\n")
-
-        # Signals reach the main thread only, and only there may their handlers be set.
-        is_main = threading.current_thread() is threading.main_thread()
-        signums = (signal.SIGINT, signal.SIGTERM) if is_main else ()
-        before = {signum: signal.signal(signum, stop) for signum in signums}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
 
 def _resume(durables: Sequence[Durable], id: str) -> Outcome:
