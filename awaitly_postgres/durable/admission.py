@@ -31,7 +31,7 @@ from .pending import attempts_are_exhausted, pause_after
 from .registry import Entry
 
 
-class TouchedMeanwhile(AwaitlyError):
+class ChangedMeanwhile(AwaitlyError):
     """Another process has written to the run since it was listed as pending."""
 
     def __init__(self, id: str) -> None:
@@ -113,15 +113,13 @@ class Admission:
     _may_have_lease: bool = False  # requested: an exception may have come before the reply
     _pid: int = field(factory=os.getpid)
 
-    def admit(
-        self, found: Found | None, only_if_unchanged: bool
-    ) -> New | TakenUp | Finished | GivenUp:
+    def admit(self, found: Found | None, automatic: bool) -> New | TakenUp | Finished | GivenUp:
         """Acquire the lease, and count the start before any of the user's code runs.
 
         Args:
             found: the run as it was read before the lease was asked for; None reads it here.
-            only_if_unchanged: raise `TouchedMeanwhile` if it was written since; for
-                `resume_pending`.
+            automatic: started by `resume_pending`, not by a call for this run: raise
+                `ChangedMeanwhile` if it was written since, and apply ``max_attempts``.
         """
         is_resumed = found is not None
         if found is None:
@@ -144,19 +142,17 @@ class Admission:
                 found = Found.of(self.id, rows[0])
             if self._is_finished(found.snapshot):
                 return Finished(found.snapshot)
-            if not only_if_unchanged:
+            if not automatic:
                 # Refused before the start is counted. From `resume_pending` it is refused after, in
                 # `Session._restore`, so that the run backs off.
                 self.entry.check_version(self.id, found.snapshot)
             self._acquire()
-            if only_if_unchanged and attempts_are_exhausted(
-                starts := _starts_of(found), self.max_attempts
-            ):
+            if automatic and attempts_are_exhausted(starts := _starts_of(found), self.max_attempts):
                 return self._give_up(found, starts)
             if self._take_up(found):
                 return TakenUp(found.snapshot)
-            if only_if_unchanged:
-                raise TouchedMeanwhile(self.id)
+            if automatic:
+                raise ChangedMeanwhile(self.id)
             found = None
 
     def _begin(self) -> New | Found | None:
@@ -248,7 +244,7 @@ class Admission:
             "failure": _json.dumps(reason),
         }
         if not self._db.run_once(lambda conn: fetch(conn, self._sql.give_up, params)):
-            raise TouchedMeanwhile(self.id)
+            raise ChangedMeanwhile(self.id)
         self.finished()
         return GivenUp(error)
 

@@ -55,7 +55,7 @@ class Checkpoints:
     # pooled connection: a thread that held it while waiting for a connection could deadlock with
     # threads that have the connections and wait for it. Reentrant, because an exception can be
     # raised anywhere, and the thread that holds it must still settle the commit and finish the run.
-    turn: threading.RLock = field(factory=threading.RLock)
+    write_lock: threading.RLock = field(factory=threading.RLock)
     _pid: int = field(factory=os.getpid)
     _group: Group = field(init=False)
 
@@ -85,7 +85,7 @@ class Checkpoints:
         """
 
         def work(conn: Connection) -> bool:
-            with self.turn:
+            with self.write_lock:
                 self.refuse_if_not_ours("before its steps return")
                 group = self._group.entered()
                 steps = {step.key: str(step.step) for step in group}
@@ -106,7 +106,7 @@ class Checkpoints:
         deadline = self.history.deadlines.get(key)
 
         def work(conn: Connection) -> bool:
-            with self.turn:
+            with self.write_lock:
                 self.refuse_if_not_ours(f"before step {key!r} returns")
                 enter()
                 recorded = False
@@ -114,10 +114,10 @@ class Checkpoints:
                     recorded = self._rewrite(conn, expired=key)
                 finally:
                     if not recorded:
-                        # Before the turn is released: a write of another thread would store the
-                        # timeout without checking for a signal. If a try whose reply was lost has
-                        # succeeded, such a write removes the timeout again, but not the deadline:
-                        # signals are still refused, and the next try decides the same.
+                        # Before the write lock is released: a write of another thread would store
+                        # the timeout without checking for a signal. If a try whose reply was lost
+                        # has succeeded, such a write removes the timeout again, but not the
+                        # deadline: signals are still refused, and the next try decides the same.
                         self.history.forget(key)
                         if deadline is not None:
                             self.history.deadlines[key] = deadline
@@ -160,7 +160,7 @@ class Checkpoints:
         Args:
             compose: composes the final snapshot; None deletes the run instead.
             pause: seconds until the run is due again; None sets no time.
-            ending: closes the run to new records. It is called with the turn held, before the
+            ending: closes the run to new records. It is called with the write lock held, before the
                 snapshot is composed: a step of another thread is either already in the snapshot or
                 refused, never acknowledged and then lost.
 
@@ -172,7 +172,7 @@ class Checkpoints:
 
         def work(conn: Connection) -> bool:
             nonlocal tries, document
-            with self.turn:
+            with self.write_lock:
                 self.refuse_if_not_ours("instead of returning")
                 ending()
                 tries += 1
@@ -196,7 +196,7 @@ class Checkpoints:
         return self.db.run(work), tries, document
 
     def refuse_if_not_ours(self, what: str) -> None:
-        """Raise if this process may write nothing more for the run. Call it with the turn held.
+        """Raise if this process may write nothing more for the run; call with the write lock held.
 
         A forked child would write under its parent's lease. While the outcome of a step's commit is
         unknown, any other write could record the step although it was rolled back.
@@ -311,8 +311,8 @@ class Checkpoints:
         """Rewrite the snapshot now if no step may be appended to it as it is.
 
         On a separate connection: in the step's transaction it would be rolled back with the step,
-        and pooled connections may all be held by threads of this run that wait for the turn, which
-        this thread holds.
+        and pooled connections may all be held by threads of this run that wait for the write lock,
+        which this thread holds.
         """
         if self.written.must_be_rewritten and not self.db.run_apart(self._rewrite):
             raise LeaseLost(self.id)
@@ -321,7 +321,7 @@ class Checkpoints:
         """Wait until the transaction of a step has ended; return whether it was committed.
 
         On a separate connection: pooled ones may all be held by threads of this run that wait for
-        the turn, which this thread holds.
+        the write lock, which this thread holds.
         """
 
         def look(conn: Connection) -> bool:

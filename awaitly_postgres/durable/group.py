@@ -16,7 +16,7 @@ MOST = 1024 * 1024  # characters; a group that has as many takes no further step
 
 
 @define(eq=False, repr=False)
-class Waiting:
+class QueuedStep:
     """A step that one thread wants to have recorded.
 
     ``enter`` adds it to the history and returns its JSON text. From then on every rewrite of the
@@ -55,19 +55,19 @@ class Group:
     nothing is lost: the steps that it has entered are still here, and the next leader writes the
     same again, as a retry after a lost reply does.
 
-    ``commit`` calls `entered` with the turn held, writes the result in one statement, and marks it
-    as recorded.
+    ``commit`` calls `entered` with the write lock held, writes the result in one statement, and
+    marks it as recorded.
     """
 
     _commit: Callable[[], None]
-    _waiting: list[Waiting] = field(factory=list)  # replaced and extended only under the lock
-    _leader: Waiting | None = None
+    _waiting: list[QueuedStep] = field(factory=list)  # replaced and extended only under the lock
+    _leader: QueuedStep | None = None
     _size: int = 0  # of the last group
     _lock: _thread.LockType = field(factory=_thread.allocate_lock)
 
     def record(self, key: str, enter: Callable[[], str]) -> None:
         """Return when the step is recorded, by this thread or by another; else raise."""
-        step = Waiting(key, enter)
+        step = QueuedStep(key, enter)
         try:
             try:
                 with self._lock:
@@ -86,7 +86,7 @@ class Group:
         if step.error is not None:
             raise step.error
 
-    def entered(self) -> list[Waiting]:
+    def entered(self) -> list[QueuedStep]:
         """Enter the waiting steps into the history; return all that are entered and not settled.
 
         A step that the history refuses, because the run has ended, is settled with that error.
@@ -104,11 +104,11 @@ class Group:
         self._size = len(group)
         return group
 
-    def in_flight(self) -> list[Waiting]:
+    def in_flight(self) -> list[QueuedStep]:
         """Return the steps that are entered into the history and not settled yet."""
         return [step for step in self._waiting if step.step is not None and not step.is_settled]
 
-    def _lead(self, leader: Waiting) -> None:
+    def _lead(self, leader: QueuedStep) -> None:
         # The threads just woken will soon be back with another step. Without this pause, the first
         # one would commit its step alone while the others wait: every second commit would have one.
         for _ in range(self._size):
@@ -123,7 +123,7 @@ class Group:
             for step in {leader, *self.in_flight()}:
                 step.error = step.error or error
 
-    def _leave(self, leaving: Waiting) -> None:
+    def _leave(self, leaving: QueuedStep) -> None:
         """Wake the settled steps, and appoint the next leader. Safe to repeat."""
         if leaving.is_settled and self._leader is not leaving:
             return  # the leader that settled it removes it, and settled steps are never appointed

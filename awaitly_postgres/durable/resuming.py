@@ -20,13 +20,13 @@ from ..errors import (
 )
 from ..store.rows import SnapshotInfo, is_input, read_time
 from ..store.store import Infos
-from .admission import Found, TouchedMeanwhile
+from .admission import ChangedMeanwhile, Found
 from .options import Options
 from .pending import Outcome, Queue
 from .session import Session
 from .workers import InProgress, Pass, Workers
 
-_TAKEN = (TouchedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
+_TAKEN = (ChangedMeanwhile, AlreadyRunning, LeaseLost, WorkflowCancelled)
 _REFUSALS = (WorkflowDrift, SnapshotFormatError)  # of a run that was begun; no new step ran
 
 
@@ -135,7 +135,7 @@ class Resuming(Options):
         rows = self._db.rows(self._sql.read_for_resume, {"id": self.store.key(id)})
         if seen is not None:
             if not rows or moment(rows[0][2]) != seen:
-                raise TouchedMeanwhile(id)
+                raise ChangedMeanwhile(id)
             if rows[0][4] is not None:
                 raise AlreadyRunning(id, rows[0][4], moment(rows[0][5]))
         if not rows:
@@ -161,7 +161,7 @@ class Resuming(Options):
         try:
             session, found = self._resumable(id, seen)
             with in_progress(session):
-                result = session.start(found, only_if_unchanged=seen is not None)
+                result = session.start(found, automatic=seen is not None)
             return Outcome(id, "completed", result, None, session.attempts)
         except Exception as error:
             end = session and session.end

@@ -91,17 +91,17 @@ class Session:
 
     # -- beginning -------------------------------------------------------------------------
 
-    def start(self, found: Found | None = None, *, only_if_unchanged: bool = False) -> Any:
+    def start(self, found: Found | None = None, *, automatic: bool = False) -> Any:
         """Run to an end and return the result, or return the recorded output.
 
         Args:
             found: the run as it was looked up, which saves reading it again.
-            only_if_unchanged: raise `TouchedMeanwhile` if it was written since; for
-                `resume_pending`.
+            automatic: started by `resume_pending`, not by a call for this run: raise
+                `ChangedMeanwhile` if it was written since, and apply ``max_attempts``.
         """
         self._db.pool.refuse_to_run_here()
         try:
-            admission = self._admission.admit(found, only_if_unchanged)
+            admission = self._admission.admit(found, automatic)
             if isinstance(admission, Finished):
                 return self._output(admission.snapshot)
             if isinstance(admission, GivenUp):

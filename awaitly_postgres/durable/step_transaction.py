@@ -31,7 +31,7 @@ class StepTransaction:
     """The transaction of one step: its body, then the fenced write of the step, then the commit.
 
     From that write until the outcome of the commit is known, nothing else of the run is written:
-    this thread holds the turn, and `Checkpoints.in_doubt` names the step.
+    this thread holds the write lock, and `Checkpoints.in_doubt` names the step.
     """
 
     _checkpoints: Checkpoints
@@ -51,7 +51,7 @@ class StepTransaction:
         # As early as possible: `record` would do it while the transaction is open, and would wait
         # for ever if the body has locked a row of this run, for example by signalling itself.
         if writer.written.must_be_rewritten:
-            with writer.turn:
+            with writer.write_lock:
                 writer.refuse_if_not_ours(f"before step {self._key!r} returns")
                 writer.rewrite_before_append()
         # Read before the transaction begins, so that what it sees is at least as new. Read later,
@@ -82,17 +82,17 @@ class StepTransaction:
     def record(self, enter: Callable[[], str]) -> None:
         """Write the step, as the last statement before the commit.
 
-        Takes the turn and keeps it until the outcome of the commit is known. Only from here on, so
-        that steps of other threads can be recorded while the body runs.
+        Takes the write lock and keeps it until the outcome of the commit is known. Only from here
+        on, so that steps of other threads can be recorded while the body runs.
         """
         writer = self._checkpoints
         if self._conn is None:
             raise RuntimeError(f"step {self._key!r} cannot be recorded: no transaction is open")
         self._refuse_without_transaction("has ended it, with COMMIT or ROLLBACK in SQL")
-        # Not for ever: the thread that holds the turn may be waiting for a row that the body has
-        # locked, for example by signalling its own run. The server cannot see that deadlock. Half
-        # of the ttl leaves time to record the failure.
-        if not writer.turn.acquire(timeout=writer.ttl / 2):
+        # Not for ever: the thread that holds the write lock may be waiting for a row that the body
+        # has locked, for example by signalling its own run. The server cannot see that deadlock.
+        # Half of the ttl leaves time to record the failure.
+        if not writer.write_lock.acquire(timeout=writer.ttl / 2):
             raise WorkflowError(
                 f"step {self._key!r} of {writer.id!r} cannot be recorded: another thread of the "
                 f"run has been writing for {writer.ttl / 2:g} s. If it waits for a row that this "
@@ -125,7 +125,7 @@ class StepTransaction:
             # treats a step that is neither in doubt nor marked as committed as rolled back.
             self._committed = True
             self._clear_doubt()
-            self._leave_turn()
+            self._release_write_lock()
 
     def settle(self, error: BaseException) -> BaseException | None:
         """Find out whether the transaction that ended with ``error`` was committed.
@@ -167,14 +167,14 @@ class StepTransaction:
                     return writer.db.translate(refused)
             return error
         finally:
-            self._leave_turn()
+            self._release_write_lock()
 
     def _clear_doubt(self) -> None:
         if self._checkpoints.in_doubt == self._key:
             self._checkpoints.in_doubt = None
 
-    def _leave_turn(self) -> None:
+    def _release_write_lock(self) -> None:
         # Without a flag that says whether it is held: an exception may have been raised after the
-        # turn was acquired and before the flag was set.
+        # lock was acquired and before the flag was set.
         with suppress(RuntimeError):  # this thread does not hold it
-            self._checkpoints.turn.release()
+            self._checkpoints.write_lock.release()

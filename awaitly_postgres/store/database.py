@@ -191,7 +191,7 @@ class Database:
     # -- trouble ---------------------------------------------------------------------------
 
     @contextmanager
-    def tolerating_outages(self) -> Iterator[None]:
+    def suppressing_errors(self) -> Iterator[None]:
         """Suppress errors of the driver and of this package, for work that is retried anyway."""
         with suppress(psycopg.Error, AwaitlyError):
             yield

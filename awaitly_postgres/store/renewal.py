@@ -68,7 +68,7 @@ class _Renewer:
                 if db is None:
                     return
                 kept, pause = True, lease.ttl / 10  # retry soon if this renewal fails
-                with db.tolerating_outages():
+                with db.suppressing_errors():
                     if conn is None or conn.closed:
                         conn = db.pool.new_connection()
                     # Without the lock: leases may be added and dropped while the server works.

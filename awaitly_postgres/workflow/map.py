@@ -53,12 +53,12 @@ class Map(Generic[A, T]):
                 self._replay(index, step)
         if missing:
             # As for a single step: what interrupts this before all items are recorded ends the run.
-            with run.live(self.key):
+            with run.executing(self.key):
                 run.refuse_to_begin()  # the threads would not see what this one is inside of
                 count = min(workers, len(missing))
                 Threads(self._execute, iter(missing), run.leave_thread, count).run(self.key)
                 run.refuse_if_ended()
-                run.acknowledge(self.key)
+                run.mark_recorded(self.key)
         if self._failure is not None:
             raise self._failure[1]
         return self._results

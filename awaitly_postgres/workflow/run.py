@@ -78,7 +78,7 @@ class Run(Asking):
 
         ``own`` is whether the workflow's own thread has asked for it; ``about`` is for its meta.
         """
-        with self.live(key):
+        with self.executing(key):
             timer = self._start(key, about)
             try:
                 value = call()
@@ -101,7 +101,7 @@ class Run(Asking):
         if recorded is not None:
             return self.replay(key, fn, recorded)
         text = ""
-        with self.live(key):
+        with self.executing(key):
             timer = self._start(key)
             of_the_body: Exception | None = None
             transaction = recorder.transaction(key)
@@ -126,7 +126,7 @@ class Run(Asking):
                     if failure is error:
                         raise
                     raise failure from error
-            self.acknowledge(key)
+            self.mark_recorded(key)
         self.emit("step_completed", key, timer.stop()["durationMs"])
         return self._decode(key, fn, _json.as_stored(text))
 
@@ -138,7 +138,7 @@ class Run(Asking):
         recorded = self._ask(key)
         if recorded is not None:
             return self.replay(key, _nothing, recorded)
-        with self.live(key):
+        with self.executing(key):
             timer = self._start(key)
             now = self._now()
             with self._lock:
@@ -153,7 +153,7 @@ class Run(Asking):
         recorded = self._ask(key)
         if recorded is not None:
             return self.replay(key, _nothing, recorded)
-        with self.live(key):
+        with self.executing(key):
             timer = self._start(key)
             value = self._signal(key)
             if value is None:
@@ -174,7 +174,7 @@ class Run(Asking):
     # -- working ---------------------------------------------------------------------------
 
     @contextmanager
-    def live(self, key: str) -> Iterator[None]:
+    def executing(self, key: str) -> Iterator[None]:
         """Guard the execution of a step that is not recorded yet.
 
         If it ends without being recorded (Ctrl-C, or an exception from a signal handler while it
@@ -265,14 +265,14 @@ class Run(Asking):
                 self.recorder.record(key, enter)
             elif not self.recorder.record_timeout(key, enter):
                 return False
-            self.acknowledge(key)
+            self.mark_recorded(key)
             return True
         except AwaitlyError as error:
             if self._over:
                 raise
             raise self._interrupt(error) from error
 
-    def acknowledge(self, key: str) -> None:
+    def mark_recorded(self, key: str) -> None:
         """Note that a step is recorded: only now may the own thread begin another."""
         self._done.add(key)
         if self._unrecorded == key:
