@@ -1,7 +1,7 @@
 """A private PostgreSQL for development and tests, from the ``[embedded]`` extra.
 
 There is one server per user and data folder. All processes of the user share it, and it stops with
-the last of them.
+the last of them. If that was killed with SIGKILL, the server may keep running.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _HEAD = ("ID", "STATE", "AGE", "STEPS", "LEASE", "NEXT", "WORKFLOW")
 _LEASE = _HEAD.index("LEASE")
 _LISTED = (
     *("id", "workflow", "version", "state", "attempts", "next_at", "waits_for"),
-    *("holder", "held_until", "updated_at", "metadata", "step_count"),
+    *("holder", "held_until", "updated_at", "metadata", "step_count", "maps"),
 )
 _TO_THE_RIGHT = ("AGE", "STEPS")
 _NARROW = 18  # columns; LEASE is not cut to less
@@ -28,9 +28,8 @@ _GAP = 2  # columns
 
 
 def to_json(row: RunInfo, fields: Sequence[str] = _LISTED) -> dict[str, Any]:
-    """Return what ``--json`` prints for a run: fields under their own names, maps if it has any."""
-    maps = {"maps": row.maps} if row.maps else {}
-    return {name: getattr(row, name) for name in fields} | maps
+    """Return what ``--json`` prints for a run: its fields under their own names."""
+    return {name: getattr(row, name) for name in fields}
 
 
 def listing(rows: Sequence[RunInfo], columns: int | None) -> Segments:

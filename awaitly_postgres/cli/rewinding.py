@@ -43,7 +43,7 @@ def fork(place: Place, id: str, new_id: str, key: str) -> None:
     _print("copied", _at_a_step(lambda: Durable(store).fork(id, new_id, key)))
 
 
-@click.command()
+@click.command(short_help="Make a workflow due now, whatever its pause and attempts.")
 @on_a_store
 @click.argument("id", type=id_)
 def retry(place: Place, id: str) -> None:

@@ -40,7 +40,7 @@ def import_durable(target: str) -> Durable:
             raise click.BadParameter(f"{module_name!r} has no {path!r}")
         found = getattr(found, name)
     if not isinstance(found, Durable):
-        raise click.BadParameter(f"{target!r} is a {type(found).__name__}, not a Durable")
+        raise click.BadParameter(f"{target!r} is {type(found).__name__}, not a Durable")
     return found
 
 

@@ -19,13 +19,13 @@ from .. import _json
 from .._checks import check_id, moment, read_time
 from ..errors import NotSerializable, SnapshotFormatError
 from ..snapshot import OURS, STATUSES, Steps, WorkflowSnapshot, as_mapping
-from .text import age, elide, printable, span, verdict
+from .text import age, elide, printable, reasons, span, traceback_of, verdict
 
 __all__ = [
     "STATES", "STATUSES", "RunInfo", "SnapshotInfo", "State", "StepInfo", "StoreStats", "age",
     "check_id", "check_state", "elide", "elide_steps", "fold_maps", "is_input", "maps_of",
     "printable", "read_time", "reasons", "span", "steps_of",
-    "verdict",
+    "traceback_of", "verdict",
 ]  # fmt: skip
 
 State = Literal["pending", "running", "waiting", "retrying", "completed", "failed", "cancelled"]
@@ -33,7 +33,6 @@ State = Literal["pending", "running", "waiting", "retrying", "completed", "faile
 STATES: tuple[State, ...] = typing.get_args(State)
 
 _NEVER = 9999  # the year of the wakeAt of a run that waits for a signal only
-_CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
 _MOST = 2**53  # a larger number in a row is nonsense; many of them fit no float
 _FEW = 10  # of many steps, this many of the first, last, longest and failed are shown
 
@@ -303,28 +302,6 @@ def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
             lasted = (step.started_at - folded.started_at).total_seconds() + step.seconds
             shown[f"\0{step.map}"] = evolve(folded, duration=max(folded.seconds, lasted))
     return [*shown.values()]
-
-
-def reasons(failure: object) -> tuple[str, ...]:
-    """Describe a recorded failure and its causes, one line each, nearest first."""
-    told = []
-    while isinstance(failure, Mapping):
-        name = failure.get("name") or failure.get("originalType")
-        message = failure.get("message", failure.get("stringRepresentation"))
-        if name or message:
-            told.append(": ".join(str(part) for part in (name, message) if part))
-        failure = failure.get("cause")
-    return tuple(told)
-
-
-def traceback_of(failure: object) -> str | None:
-    """Return the stored traceback of a failure, preceded by those of its causes as in Python."""
-    stacks: list[str] = []
-    while isinstance(failure, Mapping):
-        if isinstance(stack := failure.get("stack"), str):
-            stacks.insert(0, stack)
-        failure = failure.get("cause")
-    return _CAUSED.join(stacks) or None
 
 
 def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:

@@ -1,8 +1,11 @@
-"""Text for people: durations, ages, and escaped text for terminals."""
+"""Text for people: durations, ages, failures, and escaped text for terminals."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timezone
+
+_CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -58,3 +61,25 @@ def verdict(attempts: int, retry_at: datetime | None) -> str:
 def elide(text: str, most: int | None, sign: str = "…") -> str:
     """Cut ``text`` to at most ``most`` characters, ``sign`` included; None does not cut."""
     return text if most is None or len(text) <= most else text[: most - len(sign)] + sign
+
+
+def reasons(failure: object) -> tuple[str, ...]:
+    """Describe a recorded failure and its causes, one line each, nearest first."""
+    told = []
+    while isinstance(failure, Mapping):
+        name = failure.get("name") or failure.get("originalType")
+        message = failure.get("message", failure.get("stringRepresentation"))
+        if name or message:
+            told.append(": ".join(str(part) for part in (name, message) if part))
+        failure = failure.get("cause")
+    return tuple(told)
+
+
+def traceback_of(failure: object) -> str | None:
+    """Return the stored traceback of a failure, preceded by those of its causes as in Python."""
+    stacks: list[str] = []
+    while isinstance(failure, Mapping):
+        if isinstance(stack := failure.get("stack"), str):
+            stacks.insert(0, stack)
+        failure = failure.get("cause")
+    return _CAUSED.join(stacks) or None

@@ -355,6 +355,7 @@ def test_list_json_has_the_fields_of_run_info(run: Run, store: SnapshotStore) ->
         "held_until": held.expires_at.isoformat(),
         "metadata": {"tenant": "acme"},
         "step_count": 2,
+        "maps": {},
     }
 
 
@@ -1316,7 +1317,7 @@ def test_a_place_is_refused_by_commands_that_use_the_store_of_the_durable(
         (["resume", "flows"], "package.module:durable"),
         (["resume", "no_such_module:durable"], "no_such_module"),
         (["resume", "flows:nope"], "nope"),
-        (["resume", "flows:not_a_durable"], "Durable"),
+        (["resume", "flows:not_a_durable"], "'flows:not_a_durable' is str, not a Durable"),
         (["resume", "broken:durable"], "broken.py:2"),
         (["resume", "flows:durable", "a", "--loop", "1"], "--loop"),
         (["watch"], "terminal"),
@@ -1418,6 +1419,13 @@ def test_the_module_is_the_command(run: Run, environment: dict[str, str]) -> Non
     )
     assert done.stdout == run("--help").stdout
     assert done.stdout.startswith("Usage: awaitly-postgres ")
+
+
+def test_the_help_cuts_no_description_of_a_command(run: Run) -> None:
+    """Each fits into its line."""
+    listed = run("--help").stdout.partition("Commands:\n")[2].splitlines()
+    assert len(listed) == 15
+    assert [line for line in listed if not line.endswith(".") or line.endswith("...")] == []
 
 
 def test_a_reader_that_goes_away_is_no_trouble(

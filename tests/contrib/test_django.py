@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -219,6 +220,50 @@ def test_the_command_takes_ids(shop: SimpleNamespace) -> None:
         assert done.returncode == 1
         assert done.stderr.startswith(message)
     assert durable.get(third).state == "pending"
+
+
+def test_the_command_says_that_an_id_is_not_resumed(shop: SimpleNamespace) -> None:
+    """Silence would look like a start; nothing has failed, so the exit status is 0."""
+    durable, checkout = shop.workflows.durable, shop.workflows.checkout
+    first, second = order(shop), order(shop)
+    for id in ("over", "held"):
+        durable.submit(id, checkout, second)
+    durable.resume(f"checkout-{first}")
+    durable.cancel("over")
+    held = durable.store.try_acquire("held", ttl=600)
+    done = manage(shop.url, "resume_workflows", f"checkout-{first}", "over", "held")
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.splitlines() == [
+        f"'checkout-{first}' is already completed",
+        "'over' is already cancelled",
+        f"'held' is already running on {held.token.rpartition(':')[0]}",
+    ]
+
+
+@pytest.mark.parametrize("option", ["--loop", "--limit", "--workers"])
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_the_command_refuses_numbers_that_make_no_sense(
+    shop: SimpleNamespace, option: str, value: str
+) -> None:
+    """Before it starts anything; 0 is not taken for no limit, nor for no loop."""
+    from django.core.management import CommandError, call_command
+
+    order(shop)
+    with pytest.raises(CommandError, match=f"{option} must be more than 0, not {value}"):
+        call_command("resume_workflows", f"{option}={value}")
+    assert stock(shop) == 10
+
+
+def test_the_command_says_in_one_line_that_the_database_is_away(shop: SimpleNamespace) -> None:
+    """Also if ids are given, which it looks up before it starts them."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        nowhere = f"host=127.0.0.1 port={taken.getsockname()[1]} dbname=x"
+        for arguments in ([], ["an-id"]):
+            done = manage(nowhere, "resume_workflows", *arguments)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith("CommandError: no connection to PostgreSQL: ")
+            assert "Traceback" not in done.stderr
 
 
 def test_the_command_takes_a_prefix_and_a_limit(shop: SimpleNamespace) -> None:

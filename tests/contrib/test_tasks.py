@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import sys
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -408,6 +409,18 @@ def test_step_is_refused_where_no_task_runs(api: Any) -> None:
     """In words."""
     with pytest.raises(RuntimeError, match="inside a task"):
         api.step()
+
+
+def test_a_missing_package_is_named(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where neither Django nor the backport has tasks, the settings ask for what is not there."""
+    from django.core.exceptions import ImproperlyConfigured
+    from django.core.management import call_command
+
+    for name in ("django.tasks", "django_tasks"):
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, api.__name__)
+    with pytest.raises(ImproperlyConfigured, match="pip install django-tasks"):
+        call_command("resume_workflows")
 
 
 # -- checks --------------------------------------------------------------------------------

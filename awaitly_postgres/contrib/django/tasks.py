@@ -17,6 +17,7 @@ worker dies is run again, and with durable steps it continues where it was:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import socket
 import sys
@@ -49,6 +50,10 @@ try:
     from django.tasks.signals import task_enqueued, task_finished, task_started
     from django.utils.json import normalize_json
 except ImportError:  # before Django 6: the backport
+    if importlib.util.find_spec("django_tasks") is None:
+        raise ImproperlyConfigured(
+            "tasks need Django 6 or the package django-tasks: pip install django-tasks"
+        ) from None
     from django_tasks import TaskContext, TaskResult, TaskResultStatus, task_backends
     from django_tasks.backends.base import BaseTaskBackend
     from django_tasks.base import Task, TaskError

@@ -54,23 +54,11 @@ class Command(BaseCommand):
     def handle(self, *args: str, **options: Any) -> None:
         """Resume runs, and report each as it ends."""
         quiet_the_driver()
-        durables, ids = _durables_and_ids(args)
-        if ids and any(options[name] for name in ("prefix", "limit", "loop")):
-            raise CommandError("give either ids, or --prefix, --limit and --loop")
-        self._counts, pause = Counter(), options["loop"]
-        self._signals = Signals(loops=bool(pause))
+        for name in ("limit", "loop", "workers"):
+            if options[name] is not None and not options[name] > 0:
+                raise CommandError(f"--{name} must be more than 0, not {options[name]:g}")
         try:
-            with self._signals.listening():
-                while True:
-                    try:
-                        self._pass(durables, ids, options)
-                    except StoreUnavailable as error:
-                        if not pause:
-                            raise
-                        self.stderr.write(printable(f"{error}; trying again in {pause:g} s"))
-                    if not pause:
-                        break
-                    self._signals.sleep(pause)
+            self._resume(args, options)
         except (StoreError, ValueError) as error:
             raise CommandError(str(error)) from error
         failed, total = self._counts["failed"], self._counts.total()
@@ -78,6 +66,24 @@ class Command(BaseCommand):
             self.stdout.write(f"{total} resumed, {failed} failed")
         if failed:
             raise CommandError(f"{failed} of {total} workflows failed")
+
+    def _resume(self, args: Sequence[str], options: dict[str, Any]) -> None:
+        durables, ids = _durables_and_ids(args)
+        if ids and any(options[name] for name in ("prefix", "limit", "loop")):
+            raise CommandError("give either ids, or --prefix, --limit and --loop")
+        self._counts, pause = Counter(), options["loop"]
+        self._signals = Signals(loops=bool(pause))
+        with self._signals.listening():
+            while True:
+                try:
+                    self._pass(durables, ids, options)
+                except StoreUnavailable as error:
+                    if not pause:
+                        raise
+                    self.stderr.write(printable(f"{error}; trying again in {pause:g} s"))
+                if not pause:
+                    break
+                self._signals.sleep(pause)
 
     def _pass(
         self, durables: Sequence[Durable], ids: Sequence[str], options: dict[str, Any]
@@ -90,6 +96,7 @@ class Command(BaseCommand):
 
         close_old_connections()
         for id in ids:
+            self._tell_if_over(durables, id)
             report(_resume(durables, id))
         for durable in durables if not ids else ():
             durable.resume_pending(
@@ -98,6 +105,13 @@ class Command(BaseCommand):
                 workers=options["workers"],
                 on_progress=report,
             )
+
+    def _tell_if_over(self, durables: Sequence[Durable], id: str) -> None:
+        rows = next(filter(None, (durable.store.details([id]) for durable in durables)), [])
+        for row in rows:
+            if row.state in ("completed", "cancelled", "running"):
+                held = f" on {row.held_by}" if row.state == "running" else ""
+                self.stderr.write(printable(f"{id!r} is already {row.state}{held}"))
 
     def _tell(self, outcome: Outcome, options: dict[str, Any]) -> None:
         if outcome.status == "failed":
