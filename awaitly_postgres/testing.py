@@ -209,11 +209,12 @@ class _Trial:
             except _Crash:
                 stored = snapshot_of(run, stored, "running", {})
             except Exception as error:
-                ours = run.is_interruption(error)
-                if ours and isinstance(error, WorkflowSuspended):
+                if isinstance(error, WorkflowSuspended) and run.is_interruption(error):
                     self._wait_for(run.history)
                     stored = snapshot_of(run, stored, "running", {}, suspended=True)
-                elif ours and self.is_whole:
+                elif self.is_whole and (
+                    run.is_interruption(error) or isinstance(error, NotSerializable)
+                ):
                     raise  # a refusal would be the outcome of every run, and they would all agree
                 else:
                     return self._end_of(run, stored, error, None)
@@ -336,11 +337,7 @@ class _CrashingRun(Run):
 
 def _output(run: Run, workflow: Callable[..., object], args: Sequence[Any]) -> str:
     result = run.run(lambda: workflow(Step(run), *args))
-    try:
-        return encode(run.codec, result, "the output of the workflow")
-    except NotSerializable as error:
-        run.stop(error)
-        raise
+    return encode(run.codec, result, "the output of the workflow")
 
 
 def _read_back(stored: WorkflowSnapshot) -> History:

@@ -207,6 +207,10 @@ def returns_an_object_in_a_step(step: Step) -> None:
     step("a", object)
 
 
+def maps_to_objects(step: Step) -> None:
+    step.map("a", lambda item: object(), [1])
+
+
 def uses_a_key_twice(step: Step) -> None:
     step("a", str)
     step("a", int)
@@ -226,6 +230,7 @@ def needs_an_argument(step: Step, to: str) -> None: ...
         (transfer_in_a_try, WorkflowError, r"pass crash_everywhere\(conn=...\)"),
         (returns_an_object, NotSerializable, "the output of the workflow"),
         (returns_an_object_in_a_step, NotSerializable, "the result of step 'a'"),
+        (maps_to_objects, NotSerializable, r"the result of step 'a\[0\]'"),
         (uses_a_key_twice, DuplicateStepKey, "'a' twice"),
         (step_in_a_step, WorkflowError, "called inside step 'a'"),
         (needs_an_argument, TypeError, "missing a required argument: 'to'"),
