@@ -18,8 +18,8 @@ from ..store.rows import (
     RunInfo,
     State,
     StepInfo,
-    check_state,
     decode_snapshot,
+    in_state,
     maps_of,
     page_after,
     steps_of,
@@ -106,13 +106,11 @@ class Looking(Options):
             TypeError: ``after`` is not an entry of a listing; the metadata is not a mapping.
         """
         store = self.store
-        unfinished = state is not None and state != "completed"
         params = {
             **store._range(prefix),
             "workflow": workflow,
             "metadata": None if metadata in (None, {}) else check_metadata(metadata),
-            "state": check_state(state),
-            "unfinished": unfinished or None,
+            **in_state(state),
             "limit": check_limit(limit),
             **page_after(after, store.prefix),
         }

@@ -76,7 +76,7 @@ def test_an_id_or_key_of_a_megabyte_is_refused_in_few_words(
     """The error says what is wrong without repeating the megabyte, and what is there stays."""
     durable.run("a", three_steps)
     before = durable.store.load("a")
-    with pytest.raises(ValueError, match="at most 1,000") as refused:
+    with pytest.raises(ValueError, match="1,000 is the limit") as refused:
         call(durable, "é" * MEGABYTE)
     assert len(str(refused.value)) < 1000
     assert durable.store.load("a") == before
