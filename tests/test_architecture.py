@@ -142,7 +142,7 @@ def test_only_durable_joins_the_two() -> None:
 
 @pytest.mark.parametrize("file", EDGES, ids=str)
 def test_the_edges_use_public_names(file: Path) -> None:
-    """What they lack becomes a public method: of the rooms they import the rows alone.
+    """What they lack becomes a public method: of the rooms they import rows and their text.
 
     `_worker` is what the command line and the management command share.
     """
@@ -156,6 +156,7 @@ def test_the_edges_use_public_names(file: Path) -> None:
             "codecs",
             "embedded",
             "store.rows",
+            "store.text",
             "_worker",
         ), module
         if module == ["awaitly_postgres"]:

@@ -13,7 +13,7 @@ import click
 
 from .. import AlreadyRunning, AwaitlyError, SchemaMissing, __version__
 from .._worker import quiet_the_driver
-from ..store.rows import printable
+from ..store.text import printable
 from .arguments import WrongInput, command_line, place_options
 from .checking import check
 from .housekeeping import delete, init, prune

@@ -16,7 +16,8 @@ import click
 from attrs import frozen
 
 from .. import SnapshotStore, StoreError, StoreUnavailable, postgres
-from ..store.rows import STATES, RunInfo, check_id, printable
+from ..store.rows import STATES, RunInfo, check_id
+from ..store.text import printable
 
 
 class WrongInput(click.ClickException):

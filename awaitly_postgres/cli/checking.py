@@ -8,7 +8,7 @@ import attrs
 import click
 
 from .. import Durable
-from ..store.rows import printable
+from ..store.text import printable
 from .arguments import json_option, ping, prefix_option
 from .text import out, write
 from .worker import import_durable

@@ -11,7 +11,8 @@ import click
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from .. import SchemaMissing
-from ..store.rows import STATES, printable
+from ..store.rows import STATES
+from ..store.text import printable
 from .arguments import Place, command_line, duration, id_, on_a_store, prefix_option, stored
 from .text import err, out
 

@@ -11,7 +11,8 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from ..store.rows import STATES, RunInfo, StoreStats, age, printable
+from ..store.rows import STATES, RunInfo, StoreStats
+from ..store.text import age, printable
 from .text import STYLES, Line, ellipsis, out, segments
 
 Cells = Sequence[str]

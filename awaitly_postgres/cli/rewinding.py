@@ -7,7 +7,7 @@ from collections.abc import Callable
 import click
 
 from .. import Durable
-from ..store.rows import printable
+from ..store.text import printable
 from .arguments import Place, WrongInput, id_, on_a_store, stored
 from .text import out, write
 

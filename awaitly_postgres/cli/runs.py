@@ -8,7 +8,7 @@ import click
 
 from .. import Durable, NotSerializable
 from .._worker import ANY, Signals
-from ..store.rows import printable
+from ..store.text import printable
 from .arguments import (
     Place,
     command_line,

@@ -14,8 +14,8 @@ from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
 
-from ..store.rows import elide, printable
-from ..store.rows import span as in_units
+from ..store.text import elide, printable
+from ..store.text import span as in_units
 
 Line = list[tuple[str, str]]  # text and the name of its style
 

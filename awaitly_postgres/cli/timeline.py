@@ -8,7 +8,8 @@ from typing import Any
 from attrs import define, frozen
 from rich.cells import cell_len
 
-from ..store.rows import RunInfo, StepInfo, age, elide_steps, fold_maps, is_input, printable
+from ..store.rows import RunInfo, StepInfo, is_input
+from ..store.text import age, elide_steps, fold_maps, printable
 from .listing import to_json
 from .text import Line, as_json, fit, in_lines, out, span
 

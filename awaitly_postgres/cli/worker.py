@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import Durable, Outcome, StoreUnavailable, WorkflowSuspended
 from .._worker import Signals
-from ..store.rows import printable, verdict
+from ..store.text import printable, verdict
 from .text import Line, err, in_lines, out, span, write
 
 

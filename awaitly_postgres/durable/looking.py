@@ -23,8 +23,8 @@ from ..store.rows import (
     maps_of,
     page_after,
     steps_of,
-    traceback_of,
 )
+from ..store.text import traceback_of
 from ..workflow import failure as _failure
 from ..workflow.codec import decode
 from .options import Options, check_metadata

@@ -1,6 +1,6 @@
-"""Rows as values: runs with their state and steps, and the words in which they are described.
+"""Rows as values: runs with their state and steps. How people read them is in ``text.py``.
 
-The command line and the admin use only these. The state is computed by ``fragment: state`` in
+The command line and the admin use only these two. The state is computed by ``fragment: state`` in
 queries.sql.
 """
 
@@ -19,13 +19,11 @@ from .. import _json
 from .._checks import check_id, moment, read_time
 from ..errors import NotSerializable, SnapshotFormatError
 from ..snapshot import OURS, STATUSES, Steps, WorkflowSnapshot, as_mapping
-from .text import age, elide, printable, reasons, span, traceback_of, verdict
+from .text import reasons, span, traceback_of
 
 __all__ = [
-    "STATES", "STATUSES", "RunInfo", "SnapshotInfo", "State", "StepInfo", "StoreStats", "age",
-    "check_id", "check_state", "elide", "elide_steps", "fold_maps", "is_input", "maps_of",
-    "printable", "read_time", "reasons", "span", "steps_of",
-    "traceback_of", "verdict",
+    "STATES", "STATUSES", "RunInfo", "SnapshotInfo", "State", "StepInfo", "StoreStats", "check_id",
+    "check_state", "is_input", "maps_of", "read_time", "steps_of",
 ]  # fmt: skip
 
 State = Literal["pending", "running", "waiting", "retrying", "completed", "failed", "cancelled"]
@@ -34,7 +32,6 @@ STATES: tuple[State, ...] = typing.get_args(State)
 
 _NEVER = 9999  # the year of the wakeAt of a run that waits for a signal only
 _MOST = 2**53  # a larger number in a row is nonsense; many of them fit no float
-_FEW = 10  # of many steps, this many of the first, last, longest and failed are shown
 
 
 @frozen
@@ -287,23 +284,6 @@ def maps_of(steps: Sequence[StepInfo]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
-    """Replace the completed items of each map by one entry, such as ``resize 317/1000``."""
-    shown: dict[str, StepInfo] = {}
-    progress = maps_of(steps)
-    for step in steps:
-        folded = shown.get(f"\0{step.map}")
-        if step.map is None or not step.ok:
-            shown[step.key] = step
-        elif folded is None:
-            done, of = progress[step.map]
-            shown[f"\0{step.map}"] = evolve(step, key=f"{step.map} {done}/{of}", value=None)
-        elif folded.started_at is not None and step.started_at is not None:
-            lasted = (step.started_at - folded.started_at).total_seconds() + step.seconds
-            shown[f"\0{step.map}"] = evolve(folded, duration=max(folded.seconds, lasted))
-    return [*shown.values()]
-
-
 def encode_snapshot(id: str, snapshot: WorkflowSnapshot | Mapping[str, Any]) -> str:
     """Validate a snapshot and return it as JSON text, before a connection is acquired."""
     if isinstance(snapshot, Mapping):
@@ -348,21 +328,6 @@ def is_input(value: object) -> bool:
         and isinstance(value["args"], list)
         and isinstance(value["kwargs"], Mapping)
     )
-
-
-def elide_steps(steps: Sequence[StepInfo], most: int) -> list[int]:
-    """Return the indices of the steps to show: all, or a selection if there are over ``most``.
-
-    The selection is the first, the last, the failed, and those that took longest.
-    """
-    order = range(len(steps))
-    if len(steps) <= most:
-        return [*order]
-    share = sum(step.seconds for step in steps) / 100
-    longest = sorted(order, key=lambda i: steps[i].seconds, reverse=True)[:_FEW]
-    longest = [i for i in longest if steps[i].seconds > share]
-    failed = [i for i in order if not steps[i].ok][-_FEW:]
-    return sorted({*order[:_FEW], *order[-_FEW:], *longest, *failed})
 
 
 def _of_the_user(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

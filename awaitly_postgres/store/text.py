@@ -1,11 +1,19 @@
-"""Text for people: durations, ages, failures, and escaped text for terminals."""
+"""Text for people: durations, ages, failures, the steps worth showing, escaped text."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from typing import TYPE_CHECKING
+
+from attrs import evolve
+
+if TYPE_CHECKING:  # rows.py imports this module
+    from .rows import StepInfo
 
 _CAUSED = "\nThe above exception was the direct cause of the following exception:\n\n"
+_FEW = 10  # of many steps, this many of the first, last, longest and failed are shown
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -83,3 +91,35 @@ def traceback_of(failure: object) -> str | None:
             stacks.insert(0, stack)
         failure = failure.get("cause")
     return _CAUSED.join(stacks) or None
+
+
+def fold_maps(steps: Sequence[StepInfo]) -> list[StepInfo]:
+    """Replace the completed items of each map by one entry, such as ``resize 317/1000``."""
+    shown: dict[str, StepInfo] = {}
+    completed = Counter(step.map for step in steps if step.ok)
+    for step in steps:
+        folded = shown.get(f"\0{step.map}")
+        if step.map is None or not step.ok:
+            shown[step.key] = step
+        elif folded is None:
+            progress = f"{step.map} {completed[step.map]}/{step.map_count}"
+            shown[f"\0{step.map}"] = evolve(step, key=progress, value=None)
+        elif folded.started_at is not None and step.started_at is not None:
+            lasted = (step.started_at - folded.started_at).total_seconds() + step.seconds
+            shown[f"\0{step.map}"] = evolve(folded, duration=max(folded.seconds, lasted))
+    return [*shown.values()]
+
+
+def elide_steps(steps: Sequence[StepInfo], most: int) -> list[int]:
+    """Return the indices of the steps to show: all, or a selection if there are over ``most``.
+
+    The selection is the first, the last, the failed, and those that took longest.
+    """
+    order = range(len(steps))
+    if len(steps) <= most:
+        return [*order]
+    share = sum(step.seconds for step in steps) / 100
+    longest = sorted(order, key=lambda i: steps[i].seconds, reverse=True)[:_FEW]
+    longest = [i for i in longest if steps[i].seconds > share]
+    failed = [i for i in order if not steps[i].ok][-_FEW:]
+    return sorted({*order[:_FEW], *order[-_FEW:], *longest, *failed})

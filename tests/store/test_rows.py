@@ -13,18 +13,14 @@ import psycopg
 import pytest
 
 from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowSuspended
-from awaitly_postgres.store.rows import (
-    STATES,
-    RunInfo,
-    StepInfo,
+from awaitly_postgres.store.rows import STATES, RunInfo, StepInfo, read_time, steps_of
+from awaitly_postgres.store.text import (
     age,
     elide,
     elide_steps,
     printable,
-    read_time,
     reasons,
     span,
-    steps_of,
     traceback_of,
     verdict,
 )

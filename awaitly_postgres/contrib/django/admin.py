@@ -22,7 +22,8 @@ from django.utils.html import format_html
 from django.utils.text import smart_split, unescape_string_literal
 
 from ... import AwaitlyError, Durable, RunInfo, SnapshotFormatError
-from ...store.rows import STATES, StepInfo, age, elide, elide_steps, fold_maps, span
+from ...store.rows import STATES, StepInfo
+from ...store.text import age, elide, elide_steps, fold_maps, span
 from . import connection, shared_store
 from .models import Workflow
 

@@ -14,7 +14,7 @@ from django.utils.module_loading import import_string
 
 from awaitly_postgres import Durable, Outcome, StoreError, StoreUnavailable, WorkflowNotFound
 from awaitly_postgres._worker import ANY, Signals, quiet_the_driver
-from awaitly_postgres.store.rows import printable, verdict
+from awaitly_postgres.store.text import printable, verdict
 
 
 class Command(BaseCommand):
