@@ -139,13 +139,13 @@ def pass_time(durable: Durable, time: timedelta) -> None:
 def drain(durable: Durable) -> list[Outcome]:
     """Call `Durable.resume_pending` until nothing is due any more; return all outcomes.
 
-    A run that can never start, because its row is malformed, stays due. It is returned once.
+    A run that cannot be started, because its row is malformed for example, is returned once.
     """
     outcomes: list[Outcome] = []
-    for_good: set[str] = set()
+    refused: set[str] = set()
     while True:
-        new = [each for each in durable.resume_pending() if repr(each) not in for_good]
-        for_good |= {repr(each) for each in new if each.status == "failed" and not each.retry_at}
+        new = [each for each in durable.resume_pending() if each.started or each.id not in refused]
+        refused |= {each.id for each in new if not each.started}
         outcomes += new
         if all(outcome.status == "skipped" for outcome in new):
             return outcomes

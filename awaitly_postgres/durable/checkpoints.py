@@ -278,9 +278,10 @@ class Checkpoints:
         # reply is lost and this statement arrives late, its number no longer matches.
         self.written = self.written.trying_rewrite()
         sql = self._sql
-        rewrite = sql.write if self.written.journal_is_empty else sql.fold
         if expired is not None:
             rewrite = sql.expire
+        else:
+            rewrite = sql.write if self.written.journal_is_empty else sql.fold
         if not execute(conn, rewrite, params, prepare=True):
             # Somebody has deleted the snapshot: store it again. If the fence has refused the write,
             # the token has not got its number, and this finds no lease.
@@ -324,7 +325,7 @@ class Checkpoints:
         the write lock, which this thread holds.
         """
 
-        def look(conn: Connection) -> bool:
+        def read(conn: Connection) -> bool:
             # First wait for a commit in progress, which has the lease's row locked. Reading before
             # that could miss a step that is committed a moment later.
             fetch(conn, self._sql.wait_for_commit, {"id": self.key, "token": self.token})
@@ -332,7 +333,7 @@ class Checkpoints:
             steps = decode_snapshot(self.id, rows[0][0], rows[0][1]).steps if rows else {}
             return key in steps and bool(steps[key].to_json() == _json.loads(step))
 
-        return self.db.run_apart(look)
+        return self.db.run_apart(read)
 
     def _pause(self) -> float | None:
         """Return the seconds to pause before the next start; None if this start needs no pause."""

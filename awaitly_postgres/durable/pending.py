@@ -91,14 +91,14 @@ class Queue:
     lists again sooner, the more often it is too late.
     """
 
-    _look: Callable[[SnapshotInfo | None, int], Infos]  # lists up to n entries after a given one
+    _list: Callable[[SnapshotInfo | None, int], Infos]  # lists up to n entries after a given one
     _seen: set[str] = field(factory=set)
     _behind: SnapshotInfo | None = None
     _trust: int = PAGE  # how many runs of a listing to take before listing again
     _was_late: bool = False
 
     def __iter__(self) -> Iterator[SnapshotInfo]:
-        while listing := self._look(self._behind, self._length):
+        while listing := self._list(self._behind, self._length):
             unseen = [info for info in listing if info.id not in self._seen]
             if not unseen:
                 if self._behind == listing[-1]:

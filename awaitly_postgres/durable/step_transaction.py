@@ -18,6 +18,7 @@ from ..store.database import (
     driver_error,
     fetch,
     is_transaction_timeout,
+    is_transient,
 )
 from ..store.transaction import Transaction
 from .written import Written
@@ -58,26 +59,29 @@ class StepTransaction:
         # these could name a checkpoint of another thread that an isolated transaction, which began
         # before it, cannot see: the check would mistake it for lost history.
         params = writer.next_write()
-        # Where transactions are isolated, what has been recorded is checked before this one begins:
-        # its own reads of the journal would conflict with the appends of all other runs.
-        if writer.db.isolates and not writer.db.rows(writer.db.sql.check_history, params):
+        # Where transactions are isolated, the history is checked before this one begins: in it, the
+        # reads of the journal would conflict with the appends of all other runs. A failover between
+        # the check and the begin is missed, unless it has lost the lease too.
+        sql, isolates = writer.db.sql, writer.db.isolates  # read once: other threads set it
+        if isolates and not writer.db.rows(sql.check_history, params):
             raise LeaseLost(writer.id)
         conn = self._conn = self._transaction.begin()
-        self._refuse_without_transaction("does not begin one: transaction= must yield one")
+        if not conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
+            fetch(conn, b"SELECT 1", {})  # psycopg begins one now, so that `record` sees its end
+        self._refuse_without_transaction("transaction= must yield a connection that is in one")
         self._isolated = is_isolated(conn)
-        if self._isolated and not writer.db.isolates:  # found out just now: check it in here, once
+        if self._isolated and not isolates:  # found out just now
             writer.db.isolates = True
-            if not fetch(conn, writer.db.sql.check_history, params):
+            # On a separate connection: this thread may hold the only one of the pool.
+            if not writer.db.run_apart(lambda c: fetch(c, sql.check_history, params)):
                 raise LeaseLost(writer.id)
         return conn
 
     def _refuse_without_transaction(self, problem: str) -> None:
-        """Raise if what the step writes does not commit together with its record."""
+        """Raise if the step's writes would not commit together with its record."""
         conn = self._conn
-        if conn is None or not conn.autocommit:  # else psycopg begins one when it is needed
-            return
-        if conn.info.transaction_status == TransactionStatus.IDLE:
-            raise RuntimeError(f"step {self._key!r} is in no transaction: its connection {problem}")
+        if conn is not None and conn.info.transaction_status == TransactionStatus.IDLE:
+            raise RuntimeError(f"step {self._key!r} is in no transaction: {problem}")
 
     def record(self, enter: Callable[[], str]) -> None:
         """Write the step, as the last statement before the commit.
@@ -88,15 +92,16 @@ class StepTransaction:
         writer = self._checkpoints
         if self._conn is None:
             raise RuntimeError(f"step {self._key!r} cannot be recorded: no transaction is open")
-        self._refuse_without_transaction("has ended it, with COMMIT or ROLLBACK in SQL")
+        self._refuse_without_transaction("it has ended it, with COMMIT or ROLLBACK in SQL")
         # Not for ever: the thread that holds the write lock may be waiting for a row that the body
         # has locked, for example by signalling its own run. The server cannot see that deadlock.
         # Half of the ttl leaves time to record the failure.
         if not writer.write_lock.acquire(timeout=writer.ttl / 2):
             raise WorkflowError(
-                f"step {self._key!r} of {writer.id!r} cannot be recorded: another thread of the "
-                f"run has been writing for {writer.ttl / 2:g} s. If it waits for a row that this "
-                "step has locked, change that row in another step. Then resume the run."
+                f"step {self._key!r} of {writer.id!r} cannot be recorded: other threads of the run "
+                f"have been writing for {writer.ttl / 2:g} s, or cannot reach the database. If one "
+                "waits for a row that this step has locked, change that row in another step. Then "
+                "resume the run."
             )
         writer.refuse_if_not_ours(f"before step {self._key!r} returns")
         writer.rewrite_before_append()
@@ -159,7 +164,8 @@ class StepTransaction:
                 writer.history.forget(self._key)
                 writer.written = self._before
             self._clear_doubt()
-            if closed and refused is not None:
+            # An opener may close its connection, so that is no outage unless the error is one.
+            if closed and refused is not None and is_transient(refused):
                 writer.db.recover(refused)
                 if committed:
                     return None

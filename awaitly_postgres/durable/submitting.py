@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from .. import _json
-from ..errors import WorkflowNotFound
+from ..errors import StoreError, WorkflowNotFound
 from ..snapshot import compose, timestamp
 from ..store.database import Connection, execute, fetch
 from .options import Options
@@ -66,11 +66,16 @@ class Submitting(Options):
         # A run that is deleted when it completes may be gone before a retry, which would store it
         # again. Then the outcome of the first try is looked up, at three more round trips.
         run = self._db.run_once if self.on_complete == "delete" else self._db.run
-        stored = None
-        while stored is None:  # again, if what was there has been deleted since
+        for _ in range(10):  # again, if the run that was there has been deleted since
             if run(create, conn):
                 return True
-            stored = self.store.load(id, conn=conn)
+            if (stored := self.store.load(id, conn=conn)) is not None:
+                break
+        else:
+            raise StoreError(
+                f"{id!r} can neither be stored nor read: check the policies and triggers of its "
+                "table, or try again"
+            )
         metadata = stored.metadata or {}
         entry.check_identity(id, metadata, input)
         # After a retry, this may be what the first try stored, if only its reply was lost: then it

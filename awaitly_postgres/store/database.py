@@ -86,7 +86,7 @@ class Database:
                 if backoff is None:
                     patience = self.retry_for if retry_for is None else retry_for
                     backoff = Backoff(started + patience)
-                self.pause_or_raise(error, backoff)
+                self.pause_or_raise(error, backoff, explain=retry_for is None)
 
     def run_apart(self, work: Callable[[Connection], T]) -> T:
         """Like `run`, on a separate connection that is closed afterwards."""
@@ -99,7 +99,7 @@ class Database:
                 finally:
                     conn.close()
             except psycopg.Error as error:
-                if not _is_transient(error) or not backoff.pause():
+                if not is_transient(error) or not backoff.pause():
                     raise self.translate(error) from error
 
     def answers(self) -> bool:
@@ -131,10 +131,11 @@ class Database:
     def run_once(self, work: Callable[[Connection], T], conn: Connection | None = None) -> T:
         """Run ``work`` exactly once, in its own transaction: the result survives a lost reply.
 
-        When the reply to the commit is lost, the server is asked for the transaction's outcome.
+        When the reply to the commit is lost, the server is asked for the transaction's outcome. On
+        ``conn`` it joins the transaction that is open there.
         """
         if conn is not None:
-            return self._run_on(conn, work)
+            return self._run_on(conn, lambda c: _at_once(c, work))
         done: list[tuple[str, T]] = []  # a transaction id and its result, before the commit
 
         def in_transaction(conn: Connection) -> T:
@@ -196,9 +197,14 @@ class Database:
         with suppress(psycopg.Error, AwaitlyError):
             yield
 
-    def pause_or_raise(self, error: Exception, backoff: Backoff) -> None:
-        """Pause before the next try; raise our own error if retrying is useless or time is up."""
+    def pause_or_raise(self, error: Exception, backoff: Backoff, *, explain: bool = True) -> None:
+        """Pause before the next try; raise our own error if retrying is useless or time is up.
+
+        Without ``explain`` it takes no time to find out why the pool lends no connection.
+        """
         if not self.recover(error) or not backoff.pause():
+            if isinstance(error, PoolTimeout) and not explain:
+                raise StoreUnavailable("no connection to PostgreSQL in time") from error
             raise self.translate(error) from error
 
     def recover(self, error: Exception) -> bool:
@@ -212,7 +218,7 @@ class Database:
             except psycopg.Error as reason:
                 raise self.translate(reason) from reason
             return True
-        if not _is_transient(error):
+        if not is_transient(error):
             return False
         if not isinstance(error, PoolTimeout):
             self.pool.purge()
@@ -236,7 +242,7 @@ class Database:
             return StoreError("the store's pool is closed, or was never opened; open it first")
         if state is None and isinstance(error, psycopg.OperationalError):
             return StoreUnavailable(f"no connection to PostgreSQL: {self.pool.scrub(detail)}")
-        if _is_transient(error):
+        if is_transient(error):
             return StoreUnavailable(
                 f"PostgreSQL is not available: {detail} (SQLSTATE {state}). Try again later."
             )
@@ -360,7 +366,7 @@ class Backoff:
         return True
 
 
-def _is_transient(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     if isinstance(error, (PoolTimeout, TooManyRequests)):
         return True
     if isinstance(error, PoolClosed) or not isinstance(error, psycopg.Error):
@@ -370,6 +376,14 @@ def _is_transient(error: Exception) -> bool:
     if error.sqlstate == "XX000":
         return any(words in str(error) for words in _NODE_LOST)
     return error.sqlstate.startswith(_TRANSIENT)
+
+
+def _at_once(conn: Connection, work: Callable[[Connection], T]) -> T:
+    """Run ``work`` in one transaction: that of ``conn``, or a new one if ``conn`` autocommits."""
+    if not conn.autocommit:
+        return work(conn)
+    with conn.transaction():
+        return work(conn)
 
 
 def is_transaction_timeout(error: psycopg.Error) -> bool:

@@ -183,8 +183,9 @@ class Pool(ABC):
         for conn in [*(loan.conn for loan in list(self._loans)), *self.foreign]:
             with suppress(OSError, psycopg.Error):
                 if conn is not None:
+                    descriptor = conn.fileno()  # first: it raises if the connection is closed
                     nowhere = os.open(os.devnull, os.O_RDWR)
-                    os.dup2(nowhere, conn.fileno())
+                    os.dup2(nowhere, descriptor)
                     os.close(nowhere)
         self._loans, self.foreign = set(), set()
         self.has_worked = False

@@ -514,7 +514,7 @@ ON CONFLICT (id, key) DO UPDATE SET step = EXCLUDED.step
 -- begin, and could not update it if it was renewed since. So it only locks the row, weakly: FOR KEY
 -- SHARE allows renewals, but no takeover before the commit. If the lease has already been taken
 -- over, locking fails, because a takeover deletes the row. That no history was lost has been
--- checked by check_history when the transaction began.
+-- checked by check_history before the transaction began.
 INSERT INTO {journal} (id, key, step)
 SELECT workflow_id, new.key, new.value
 FROM {leases} AS lease, jsonb_each(%(steps)s::jsonb) AS new
@@ -592,8 +592,8 @@ FOR KEY SHARE
 {keep_signals}
 
 -- name: check_history
--- The first statement of a transaction above READ COMMITTED, whose fence at the end cannot check
--- this: is everything still stored that has been recorded? Other threads of the run may have
+-- Sent before a transaction above READ COMMITTED begins, whose fence at the end cannot check this:
+-- is everything still stored that has been recorded? Other threads of the run may have
 -- recorded more since the number was read, and folded the journal, so a later number is fine, too.
 SELECT 1 FROM {leases}
 WHERE {lease_is_ours}
@@ -676,7 +676,9 @@ SELECT 1 FROM cancelled
 -- name: revoke
 -- Sent after cancel, in the same transaction: takes the lease away from whoever has it. A statement
 -- of its own, because cancel may have waited for a start that was being counted, and does not see
--- the lease of that start.
+-- the lease of that start. If a start is still waiting for the row that cancel has changed, with its
+-- lease locked, the server resolves that deadlock; both are retried, except in a caller's
+-- transaction.
 DELETE FROM {leases} WHERE workflow_id = %(id)s
 
 -- name: rewind

@@ -44,6 +44,7 @@ class Asking:
     _unrecorded: str | None = None  # the own thread's step that has begun but is not recorded yet
     _ended_by: BaseException | None = None
     _suspended_by: WorkflowSuspended | None = None
+    _own_was_told: bool = False  # `Interrupted` was raised in the own thread
     _over: bool = False
     _own_thread: int = field(factory=threading.get_ident)
     _handled_before: BaseException | None = None
@@ -136,10 +137,10 @@ class Asking:
         self._unrecorded = key
 
     def refuse_if_ended(self) -> None:
-        """Raise if an error has ended the run: no step begins any more, in any thread.
+        """Raise if this thread may begin no further step.
 
-        A suspension stops the workflow's own thread only. The other threads go on to the steps that
-        they can record, and to the times and signals that they wait for.
+        An error that has ended the run stops all threads. A suspension stops the workflow's own
+        thread only: the others continue, to steps that they can record, and to waits and sleeps.
         """
         own = self.is_own_thread()
         if self._ended_by is None and own:
@@ -150,6 +151,7 @@ class Asking:
             ):
                 self.stop(passing)
         if (error := self.interruption if own else self._ended_by) is not None:
+            self._own_was_told = self._own_was_told or own
             raise Interrupted(error)
 
     # -- what has ended it -----------------------------------------------------------------
@@ -170,8 +172,9 @@ class Asking:
                 self._ended_by = error
 
     def _interrupt(self, error: AwaitlyError) -> Interrupted:
-        if isinstance(error, WorkflowSuspended):
-            self._suspended_by = self._suspended_by or error
-        else:
+        self._own_was_told = self._own_was_told or self.is_own_thread()
+        if not isinstance(error, WorkflowSuspended):
             self.stop(error)
+        elif self._suspended_by is None:  # of several threads, any one will do
+            self._suspended_by = error
         return Interrupted(error)

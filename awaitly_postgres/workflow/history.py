@@ -38,7 +38,7 @@ class History:
     last_key: str | None = None
     has_left_out: bool = False  # open failures were dropped, so the stored snapshot is outdated
     key_generation: int = 0  # how often it was rewound with new idempotency keys
-    _settled: int = -1  # a wait of the own thread has settled all failures up to this number
+    _settled: int = -1  # all failures up to this number, by steps or waits of the own thread
     _in_order: list[str] = field(factory=list)  # recorded by the own thread, not yet asked for
     _unnumbered: set[str] = field(factory=set)  # ... by Node, which keeps no order
     _parallel: set[str] = field(factory=set)  # ... by other threads, and a map's but for its first

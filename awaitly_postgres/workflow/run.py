@@ -52,6 +52,9 @@ class Run(Asking):
         except (Exception, Interrupted) as error:
             if self.interruption is None:
                 raise
+            # The workflow's own failure, beside a thread that waits or sleeps.
+            if isinstance(error, Exception) and not (self._ended_by or self._own_was_told):
+                raise
             # An error that was never raised itself gets the traceback into the user's code.
             if isinstance(error, Interrupted) and error.error.__traceback__ is None:
                 error.error.__traceback__ = error.__traceback__

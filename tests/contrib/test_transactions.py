@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import uuid
 from types import SimpleNamespace
 
@@ -88,5 +89,9 @@ def test_the_threads_of_a_map_leave_no_connection_behind(shop: SimpleNamespace) 
     sessions += " AND pid <> pg_backend_pid()"
     shop.models.Product.objects.get(pk=shop.tea.pk)  # this thread's
     (before,) = shop.db.execute(sessions).fetchone()
-    durable.run("a", lambda step: step.map("names", names, range(20), workers=5))
-    eventually(lambda: shop.db.execute(sessions).fetchone() == (before,), "the end of theirs")
+    gc.disable()  # it would close them, sooner or later
+    try:
+        durable.run("a", lambda step: step.map("names", names, range(20), workers=5))
+        eventually(lambda: shop.db.execute(sessions).fetchone() == (before,), "the end of theirs")
+    finally:
+        gc.enable()

@@ -6,13 +6,13 @@ import os
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import psycopg
 import pytest
 
-from awaitly_postgres import Durable, SnapshotStore, Step, WorkflowError, postgres
-from tests.support import eventually, run_in_the_parent
+from awaitly_postgres import Durable, LeaseLost, SnapshotStore, Step, WorkflowError, postgres
+from tests.support import eventually, in_threads, run_in_the_parent
 
 DB = psycopg.Connection
 
@@ -54,11 +54,13 @@ def test_an_error_after_the_commit_does_not_undo_the_record(
     assert paid(payments) == 1
 
 
+@pytest.mark.parametrize("own", [True, False])
 @pytest.mark.parametrize("statement", ["ROLLBACK", "COMMIT"])
 def test_a_body_that_ends_the_transaction_in_sql_has_failed(
-    durable: Durable, payments: DB, statement: str
+    store: SnapshotStore, payments: DB, url: str, statement: str, own: bool
 ) -> None:
     """There is nothing left that the record could commit with."""
+    durable = Durable(store, transaction=None if own else lambda: psycopg.connect(url))
 
     def end(conn: DB) -> str:
         pay(conn)
@@ -73,7 +75,7 @@ def test_a_body_that_ends_the_transaction_in_sql_has_failed(
 def test_a_transaction_option_must_begin_one(store: SnapshotStore, payments: DB, url: str) -> None:
     """On a connection that autocommits, a body that fails would leave half of what it wrote."""
     durable = Durable(store, transaction=lambda: psycopg.connect(url, autocommit=True))
-    with pytest.raises(RuntimeError, match="transaction= must yield one"):
+    with pytest.raises(RuntimeError, match="must yield a connection"):
         durable.run("a", lambda step: step.transaction("pay", pay))
     assert paid(payments) == 0
 
@@ -83,14 +85,15 @@ def test_a_transaction_and_a_thread_that_wait_for_each_other_end(
 ) -> None:
     """The body has locked the run's row, and the thread that waits for it keeps the body from
     being recorded; no server sees that."""
-    durable = Durable(store, lock_ttl=2)
+    durable = Durable(store, lock_ttl=6)
     locked = threading.Event()
 
     def order(step: Step) -> None:
         def notify(conn: DB) -> None:
             durable.signal("a", "paid", 1, conn=conn)
             locked.set()
-            eventually(lambda: db.execute(waiting).fetchone() != (0,), "the thread's write")
+            blocker = [conn.info.backend_pid]
+            eventually(lambda: db.execute(waiting, blocker).fetchone(), "the thread's write")
 
         def beside() -> None:
             assert locked.wait(60)
@@ -103,8 +106,8 @@ def test_a_transaction_and_a_thread_that_wait_for_each_other_end(
         finally:
             thread.join()
 
-    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
-    with pytest.raises(WorkflowError, match="'notify' of 'a' cannot be recorded: another thread"):
+    waiting = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+    with pytest.raises(WorkflowError, match="'notify' of 'a' cannot be recorded: other threads"):
         durable.run("a", order)
     assert "paid" not in str(db.execute("SELECT snapshot FROM awaitly_snapshots").fetchone())
 
@@ -149,3 +152,55 @@ def test_a_child_forked_in_a_transaction_of_ones_own_ends_nothing(
     with kept:
         run_in_the_parent(durable, "a", lambda step: step.transaction("pay", pay_and_fork))
     assert paid(payments) == 1
+
+
+def test_an_error_on_a_connection_that_its_opener_closes_is_the_steps_own_failure(
+    store: SnapshotStore, payments: DB, url: str
+) -> None:
+    """It is closed after the rollback, or after the COMMIT that was refused; that is no outage."""
+
+    @contextmanager
+    def own() -> Iterator[DB]:
+        with closing(psycopg.connect(url)) as conn, conn.transaction():
+            yield conn
+
+    durable = Durable(store, transaction=own)
+    payments.execute("ALTER TABLE payments ADD UNIQUE (id) DEFERRABLE INITIALLY DEFERRED")
+
+    def order(step: Step) -> str:
+        try:
+            step.transaction("divide", lambda conn: conn.execute("SELECT 1 / 0").fetchone())
+        except psycopg.errors.DivisionByZero:
+            step.transaction("pay", pay)
+        try:
+            return step.transaction("pay again", pay)
+        except psycopg.errors.UniqueViolation:
+            return step("instead", str)
+
+    assert durable.run("a", order) == ""
+    assert [step.state for step in durable.get("a").steps] == [
+        *("failed", "completed", "failed", "completed")
+    ]
+    assert paid(payments) == 1
+
+
+def test_threads_on_a_lost_history_are_all_refused(url: str, db: DB) -> None:
+    """Also those whose first transactions find out together that they are isolated."""
+    options = f"{psycopg.conninfo.conninfo_to_dict(url)['options']} "
+    options += r"-c default_transaction_isolation=repeatable\ read"
+    together = threading.Barrier(2)
+
+    def order(step: Step) -> None:
+        def act(nr: int) -> None:
+            together.wait(60)
+            step.transaction(f"pay-{nr}", pay, f"{nr}")
+
+        step("long", "x".__mul__, 3_000)
+        step("appended", str)
+        db.execute("DELETE FROM awaitly_snapshots_steps")
+        in_threads(act, 2)
+
+    db.execute("CREATE TABLE payments (id text)")
+    with postgres(url, kwargs={"options": options}) as store, pytest.raises(LeaseLost):
+        Durable(store).run("a", order)
+    assert paid(db) == 0

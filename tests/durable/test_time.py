@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from typing import Any
@@ -758,6 +759,25 @@ def test_a_signal_does_not_end_a_sleep(durable: Durable) -> None:
     assert durable.signal("a", "pause", 1) is True
     assert durable.list_pending() == []
     assert durable.get("a").state == "waiting"
+
+
+def test_a_failure_beside_a_thread_that_waits_is_a_failure(durable: Durable) -> None:
+    """It is recorded, and retried after its pause, not when the signal comes."""
+
+    @durable.workflow
+    def job(step: Step) -> None:
+        def wait() -> None:
+            with suppress(BaseException):
+                step.wait("approval")
+
+        thread = threading.Thread(target=wait)
+        thread.start()
+        thread.join()
+        raise KeyError("the workflow's own")
+
+    with pytest.raises(KeyError):
+        durable.run("a", job)
+    assert durable.get("a").state == "retrying"
 
 
 def test_threads_wait_and_sleep_beside_each_other(durable: Durable) -> None:

@@ -22,6 +22,7 @@ from awaitly_postgres import (
     WorkflowNotFound,
     postgres,
 )
+from awaitly_postgres.durable import steering
 from awaitly_postgres.store import lease
 from tests.durable.test_interrupts import make_payments, pay
 from tests.support import Proxy, eventually
@@ -312,7 +313,8 @@ def test_a_cancel_that_waited_for_a_start_revokes_its_lease(
     with psycopg.connect(url) as start, ThreadPoolExecutor(1) as threads:
         start.execute("UPDATE awaitly_snapshots SET updated_at = now()")
         cancelled = threads.submit(durable.cancel, "a")
-        eventually(lambda: db.execute("SELECT FROM pg_locks WHERE NOT granted").fetchall())
+        waiting = "SELECT 1 FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))"
+        eventually(lambda: db.execute(waiting, [start.info.backend_pid]).fetchone())
         start.execute("INSERT INTO awaitly_workflow_lock VALUES ('a', 'h:1:x', 'infinity')")
         start.commit()
         assert cancelled.result(60) is True
@@ -383,3 +385,26 @@ def test_a_run_that_is_deleted_before_it_is_resumed_is_not_begun_anew(
         durable.resume("a")
     assert ran == []
     assert db.execute("SELECT FROM awaitly_workflow_lock").fetchall() == []
+
+
+def test_a_cancel_on_a_connection_that_autocommits_is_one_transaction(
+    durable: Durable, db: DB, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No checkpoint gets in between the mark and the end of the lease."""
+
+    @durable.workflow
+    def job(step: Step) -> None: ...
+
+    durable.submit("a", job)
+    revoked = steering.execute
+    seen: list[str] = []
+
+    def meanwhile(*args: Any) -> int:
+        seen.append(durable.get("a").state)
+        return revoked(*args)
+
+    monkeypatch.setattr(steering, "execute", meanwhile)
+    with psycopg.connect(url, autocommit=True) as conn:
+        assert durable.cancel("a", conn=conn) is True
+    assert seen == ["pending"]
+    assert durable.get("a").state == "cancelled"

@@ -36,6 +36,7 @@ class Job:
     """A workflow whose runs wait in their step until the test lets them go on."""
 
     gate: threading.Event = field(factory=threading.Event)
+    waiting: threading.Event = field(factory=threading.Event)  # a run waits for it
     ran: Counter[str] = field(factory=Counter)  # the step of each run
     inside: int = 0
     most_inside: int = 0
@@ -51,6 +52,7 @@ class Job:
             self.inside += 1
             self.most_inside = max(self.inside, self.most_inside)
         if waits:
+            self.waiting.set()
             assert self.gate.wait(TIMEOUT)
         with self.lock:
             self.inside -= 1
@@ -177,8 +179,12 @@ def test_outcomes_are_told_in_the_callers_thread(durable: Durable, job: Job) -> 
         told.append((outcome.id, threading.current_thread(), job.inside))
         job.gate.set()
 
+    @durable.workflow
+    def fast(step: Step) -> None:
+        step("beside the slow one", job.waiting.wait, TIMEOUT)
+
     durable.submit("slow", job, True)
-    durable.submit("fast", job)
+    durable.submit("fast", fast)
     outcomes = durable.resume_pending(workers=2, on_progress=tell)
     assert [id for id, _, _ in told] == ["fast", "slow"] == [outcome.id for outcome in outcomes]
     assert {thread for _, thread, _ in told} == {threading.current_thread()}

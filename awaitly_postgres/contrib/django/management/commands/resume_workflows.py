@@ -69,7 +69,8 @@ class Command(BaseCommand):
 
     def _resume(self, args: Sequence[str], options: dict[str, Any]) -> None:
         durables, ids = _durables_and_ids(args)
-        if ids and any(options[name] for name in ("prefix", "limit", "loop")):
+        alone = any(options[name] for name in ("prefix", "limit", "loop"))
+        if ids and (alone or options["workers"] > 1):
             raise CommandError("give either ids, or --prefix, --limit and --loop")
         self._counts, pause = Counter(), options["loop"]
         self._signals = Signals(loops=bool(pause))
