@@ -12,14 +12,8 @@ from psycopg.pq import TransactionStatus
 
 from ..errors import LeaseLost, StoreUnavailable, WorkflowError
 from ..store.connection import is_isolated
-from ..store.database import (
-    ROLLBACK,
-    Connection,
-    driver_error,
-    fetch,
-    is_transaction_timeout,
-    is_transient,
-)
+from ..store.database import ROLLBACK, Connection, fetch
+from ..store.driver_errors import driver_error, is_transaction_timeout, is_transient
 from ..store.transaction import Transaction
 from .written import Written
 

@@ -8,7 +8,7 @@ from itertools import islice
 from typing import Any
 
 from .. import _json
-from ..errors import StoreError, WorkflowNotFound
+from ..errors import WorkflowNotFound
 from ..snapshot import compose, timestamp
 from ..store.database import Connection, execute, fetch
 from .options import Options
@@ -72,10 +72,7 @@ class Submitting(Options):
             if (stored := self.store.load(id, conn=conn)) is not None:
                 break
         else:
-            raise StoreError(
-                f"{id!r} can neither be stored nor read: check the policies and triggers of its "
-                "table, or try again"
-            )
+            return False
         metadata = stored.metadata or {}
         entry.check_identity(id, metadata, input)
         # After a retry, this may be what the first try stored, if only its reply was lost: then it

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import psycopg
 from attrs import define
 from psycopg import errors as pg
-from psycopg_pool import PoolClosed, PoolTimeout, TooManyRequests
+from psycopg_pool import PoolClosed, PoolTimeout
 
 from ..errors import AwaitlyError, SchemaMissing, StoreError, StoreUnavailable, WrongType
 from .connection import (
@@ -26,21 +26,15 @@ from .connection import (
     execute,
     fetch,
 )
+from .driver_errors import is_transient
 from .pool import PATIENCE, Pool
 from .statements import Statements
 
-__all__ = ["ROLLBACK", "Connection", "Database", "Row", "driver_error", "execute", "fetch"]
+__all__ = ["ROLLBACK", "Connection", "Database", "Row", "execute", "fetch"]
 
 T = TypeVar("T")
 
 _DDL_PATIENCE = "5s"  # to wait for other sessions that create the tables
-
-# SQLSTATE classes and codes of transient errors: connection lost, transaction rolled back
-# (serialization, deadlock), out of resources, shutdown or timeout, lock not available.
-_TRANSIENT = ("08", "40", "53", "57", "55P03", "25P03", "25P04")
-
-# How Citus reports, as an internal error, that it has lost a worker node.
-_NODE_LOST = ("failure on connection marked as essential", "server closed the connection")
 
 ROLLBACK = psycopg.Rollback
 
@@ -366,37 +360,9 @@ class Backoff:
         return True
 
 
-def is_transient(error: Exception) -> bool:
-    if isinstance(error, (PoolTimeout, TooManyRequests)):
-        return True
-    if isinstance(error, PoolClosed) or not isinstance(error, psycopg.Error):
-        return False
-    if error.sqlstate is None:
-        return isinstance(error, psycopg.OperationalError)  # the connection went away
-    if error.sqlstate == "XX000":
-        return any(words in str(error) for words in _NODE_LOST)
-    return error.sqlstate.startswith(_TRANSIENT)
-
-
 def _at_once(conn: Connection, work: Callable[[Connection], T]) -> T:
     """Run ``work`` in one transaction: that of ``conn``, or a new one if ``conn`` autocommits."""
     if not conn.autocommit:
         return work(conn)
     with conn.transaction():
         return work(conn)
-
-
-def is_transaction_timeout(error: psycopg.Error) -> bool:
-    """Return whether the server ended a transaction because it was idle or open for too long.
-
-    In the transaction of a step that is the step's own failure, not an outage.
-    """
-    return isinstance(error, (pg.IdleInTransactionSessionTimeout, pg.TransactionTimeout))
-
-
-def driver_error(error: BaseException) -> psycopg.Error | None:
-    """Return ``error`` if it is psycopg's, or its cause if that is, as in Django's errors."""
-    for candidate in (error, error.__cause__):
-        if isinstance(candidate, psycopg.Error):
-            return candidate
-    return None

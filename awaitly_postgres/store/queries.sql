@@ -676,8 +676,8 @@ SELECT 1 FROM cancelled
 -- name: revoke
 -- Sent after cancel, in the same transaction: takes the lease away from whoever has it. A statement
 -- of its own, because cancel may have waited for a start that was being counted, and does not see
--- the lease of that start. If a start is still waiting for the row that cancel has changed, with its
--- lease locked, the server resolves that deadlock; both are retried, except in a caller's
+-- the lease of that start. If a start is still waiting for the row that cancel has changed, with
+-- its lease locked, the server resolves that deadlock; both are retried, except in a caller's
 -- transaction.
 DELETE FROM {leases} WHERE workflow_id = %(id)s
 
