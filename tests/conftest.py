@@ -57,7 +57,9 @@ LONG = ("faults/test_faults.py", "test_examples.py")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if config.getoption("--citus"):
         choose_for_citus(config, items)
-    if workers := getattr(config, "workerinput", {}).get("workercount"):
+    workers = getattr(config, "workerinput", {}).get("workercount")
+    # Workers that share a server would ask it for too many connections, all at once.
+    if workers and not config.getoption("--postgres-url"):
         begin_with_long_ones(items, workers)
 
 
