@@ -8,7 +8,7 @@ from typing import Any
 from .. import _json
 from .._checks import check_id
 from ..snapshot import timestamp
-from ..store.database import Connection, execute, fetch
+from ..store.database import ROLLBACK, Connection, execute, fetch
 from ..workflow.codec import encode
 from .options import Options
 
@@ -83,12 +83,17 @@ class Steering(Options):
         sql = self._sql
 
         def work(conn: Connection) -> bool:
-            # Lock the lease's row first, as every write of a run does. This waits for a checkpoint
-            # that is being committed, so that the cancelled snapshot includes it.
-            fetch(conn, sql.lock_lease_row, params)
-            cancelled = bool(fetch(conn, sql.cancel, params))
-            if cancelled:
-                execute(conn, sql.revoke, params)
-            return cancelled
+            while True:
+                # Lock the lease's row first, as every write of a run does. This waits for a
+                # checkpoint that is being committed, so that the cancelled snapshot includes it.
+                fetch(conn, sql.lock_lease_row, params)
+                with conn.transaction() as attempt:
+                    if not fetch(conn, sql.cancel, params):
+                        return False
+                    if not fetch(conn, sql.holder, params):
+                        return True
+                    # A start has acquired the lease in between. Undo this, and lock its row first:
+                    # the start may be waiting for the one that this has changed.
+                    raise ROLLBACK(attempt)
 
         return self._db.run_once(work, self._db.joined(conn))

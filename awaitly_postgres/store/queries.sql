@@ -650,8 +650,10 @@ SELECT 1 FROM {leases} WHERE workflow_id = %(id)s FOR UPDATE
 {status} IS DISTINCT FROM 'completed' AND snapshot->'metadata'->'cancelledAt' IS NULL
 
 -- name: cancel
--- Marks the run as cancelled; revoke is sent next. If there is nothing to cancel, nothing changes:
--- the journal is deleted only if "found" has a row.
+-- Marks the run as cancelled and revokes its lease, so that the holder writes nothing more. If
+-- there is nothing to cancel, nothing changes: the journal is deleted only if "found" has a row,
+-- the lease only if "cancelled" has one. A lease that was acquired while this waited for the row is
+-- not seen; the caller looks for one afterwards.
 WITH found AS (SELECT 1 FROM {snapshots} WHERE id = %(id)s AND {cancellable})
 , taken_out AS (                                                        -- if journal
     {clear_journal} AND EXISTS (SELECT FROM found) RETURNING key, step  -- if journal
@@ -670,16 +672,11 @@ WITH found AS (SELECT 1 FROM {snapshots} WHERE id = %(id)s AND {cancellable})
         )
     WHERE id = %(id)s AND {cancellable}
     RETURNING 1
+),
+released AS (
+    DELETE FROM {leases} WHERE workflow_id = %(id)s AND EXISTS (SELECT FROM cancelled)
 )
 SELECT 1 FROM cancelled
-
--- name: revoke
--- Sent after cancel, in the same transaction: takes the lease away from whoever has it. A statement
--- of its own, because cancel may have waited for a start that was being counted, and does not see
--- the lease of that start. If a start is still waiting for the row that cancel has changed, with
--- its lease locked, the server resolves that deadlock; both are retried, except in a caller's
--- transaction.
-DELETE FROM {leases} WHERE workflow_id = %(id)s
 
 -- name: rewind
 -- Returns a run to an earlier step: replaces the document, empties the journal and releases the

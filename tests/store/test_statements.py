@@ -192,7 +192,7 @@ WRITES = [
     *("finish", "finish_and_fold"),
     *("append", "append_isolated", "write_isolated"),
     *("wait_for_commit", "lock_lease_row"),
-    *("discard", "delete", "cancel", "revoke", "rewind", "make_due", "move_times", "signal"),
+    *("discard", "delete", "cancel", "rewind", "make_due", "move_times", "signal"),
     *("acquire", "take_over", "save_under_lease", "renew", "release"),
 ]
 READS_AND_HOUSEKEEPING = [
